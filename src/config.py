@@ -1,0 +1,264 @@
+"""Every setting of the pipeline, frozen and validated, and the three profiles: `sample`, `mini`, `small`.
+
+A stage's settings are `settings_for(profile, overrides)`: nothing is patched afterwards, so the settings a manifest
+records can be derived again and compared. `STAGES` says which notebook makes which artifact from which.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from src.labels import parse_label_map
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist or has a value that makes no sense."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """Stage 1: articles to token ids."""
+
+    path: str = "hub"  # "sample" (bundled), "hub" (Bloomberg), a Hub id, or a local file or folder
+    text_column: str | None = None  # None: the known column of the source
+    max_documents: int | None = None  # None: all
+    cleaning: str = "default"  # a preset of src.cleaning
+    min_words: int = 20  # shorter documents are dropped
+    near_duplicate_threshold: float = 0.8  # Jaccard similarity of word 5-grams
+    validation_fraction: float = 0.02  # of the documents, by group
+    vocab_size: int = 16_000  # pieces and the 100 sentinels together
+    tokenizer_documents: int = 20_000  # documents that the tokenizer is trained on, evenly spaced
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_documents is None or self.max_documents > 0, "corpus.max_documents must be positive or None")
+        require(0 < self.near_duplicate_threshold <= 1, "corpus.near_duplicate_threshold must lie in (0, 1]")
+        require(0 < self.validation_fraction < 0.5, "corpus.validation_fraction must lie in (0, 0.5)")
+        require(300 <= self.vocab_size <= 65_536, "corpus.vocab_size must lie in 300..65536: token ids are stored as uint16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSettings:
+    """Stage 2: labelled sentences to splits without leakage."""
+
+    path: str = "hub"  # "sample", "hub" (Yahoo), a Hub id, or a local file or folder
+    text_column: str | None = None
+    label_column: str | None = None
+    label_map: str | None = None  # "0=bearish,1=bullish,2=neutral"
+    validation_path: str | None = None  # a published validation split: becomes the test split
+    max_documents: int | None = None
+    cleaning: str = "default"
+    near_duplicate_threshold: float = 0.8
+    boilerplate_count: int = 20  # a text seen this often with one label is boilerplate
+    split_fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, validation, test
+    overlap_ngram: int = 13  # words shared with the pre-training corpus that count as overlap
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.label_map is not None:
+            parse_label_map(self.label_map)
+        require(abs(sum(self.split_fractions) - 1) < 1e-9, "labelled.split_fractions must add up to 1")
+        require(min(self.split_fractions) > 0, "labelled.split_fractions must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The widths of the T5 (arXiv 1910.10683, section 2.1); the vocabulary comes from the tokenizer."""
+
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_heads: int = 8
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    feed_forward_proj: str = "relu"  # "relu" (v1.0) or "gated-gelu" (v1.1)
+    tie_word_embeddings: bool = True
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.d_model > 0 and self.num_heads > 0 and self.d_kv > 0, "model widths must be positive")
+        require(self.feed_forward_proj in ("relu", "gated-gelu"), "model.feed_forward_proj must be relu or gated-gelu")
+        require(0 <= self.dropout_rate < 1, "model.dropout_rate must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What one run of the training loop needs; stages 3 to 5 extend it."""
+
+    optimizer: str = "adamw_rms_scaled"  # a recipe of src.optimizers
+    learning_rate: float = 2e-2
+    schedule: str = "cosine"  # "cosine", "inverse_sqrt", "linear", "constant"
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    rows_per_step: int = 16  # packed rows in one optimizer step, over all processes
+    rows_per_micro_batch: int = 16  # packed rows held in memory at once
+    max_steps: int | None = None  # the first budget reached ends the run; at least one is set
+    max_epochs: float | None = None
+    max_minutes: float | None = None
+    evaluate_every: int = 200  # steps
+    checkpoint_every: int = 200  # steps
+    early_stop_evaluations: int | None = None  # stop after this many evaluations without a new best
+    precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(any((self.max_steps, self.max_epochs, self.max_minutes)), "set max_steps, max_epochs or max_minutes")
+        require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
+        require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
+        require(self.learning_rate > 0, "learning_rate must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingSettings(TrainingSettings):
+    """Stage 3: span corruption (arXiv 1910.10683, section 3.1.4), packed."""
+
+    inputs_length: int = 512  # encoder tokens of a packed row
+    targets_length: int = 114  # decoder tokens of a packed row
+    noise_density: float = 0.15
+    mean_noise_span_length: float = 3.0
+    validation_rows: int = 256  # packed rows that one evaluation reads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
+        require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningSettings(TrainingSettings):
+    """Stages 4 and 5: one loop, full weights or adapters (LoRA 2106.09685, QLoRA 2305.14314)."""
+
+    method: str = "qlora"  # "full", "lora", "qlora"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = True
+    use_dora: bool = False
+    pooling: str = "encoder_mean"  # classification head: "encoder_mean" or "decoder_eos"
+    inputs_length: int = 512  # encoder tokens of a packed row
+    targets_length: int = 114
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
+        require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All sections of one profile."""
+
+    profile: str
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    labelled: LabelledSettings = field(default_factory=LabelledSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    pretraining: PretrainingSettings
+    classification: FinetuningSettings
+    text_to_text: FinetuningSettings
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One section as plain JSON values (tuples become lists)."""
+        values = asdict(getattr(self, name))
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+PROFILES = {
+    # Finishes on two CPU cores within minutes: it shows the way, not the quality.
+    "sample": Settings(
+        profile="sample",
+        corpus=CorpusSettings(path="sample", min_words=5, vocab_size=2_000, validation_fraction=0.05),
+        labelled=LabelledSettings(path="sample"),
+        model=ModelSettings(d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2),
+        pretraining=PretrainingSettings(
+            inputs_length=256, targets_length=57, max_steps=400, warmup_steps=40, evaluate_every=50, checkpoint_every=200
+        ),
+        classification=FinetuningSettings(
+            learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20
+        ),
+        text_to_text=FinetuningSettings(
+            learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20
+        ),
+    ),
+    # 10-15M parameters: learns something real from a few hours of two CPU cores.
+    "mini": Settings(
+        profile="mini",
+        model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
+        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=100),
+        classification=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
+        text_to_text=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
+    ),
+    # The widths of T5-small; wants a GPU.
+    "small": Settings(
+        profile="small",
+        pretraining=PretrainingSettings(max_epochs=10, rows_per_step=128, rows_per_micro_batch=32, warmup_steps=1_000),
+        classification=FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50),
+        text_to_text=FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50),
+    ),
+}
+
+
+def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings of a profile with some fields replaced.
+
+    Args:
+        profile: a key of `PROFILES`.
+        overrides: `{"section.field": value}`, e.g. `{"corpus.path": "news.csv", "pretraining.max_minutes": 10}`.
+
+    Raises:
+        SettingsError: unknown profile, section or field, or a value that the section refuses.
+    """
+    require(profile in PROFILES, f"profile {profile!r} is unknown: choose one of {', '.join(PROFILES)}")
+    settings = PROFILES[profile]
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        known = [f.name for f in fields(getattr(settings, section))] if section in SECTIONS else []
+        hint = f"{section} has {', '.join(known)}" if known else f"sections are {', '.join(SECTIONS)}"
+        require(name in known, f"setting {key!r} is unknown: {hint}")
+        changes.setdefault(section, {})[name] = tuple(value) if isinstance(value, list) else value
+    return replace(settings, **{section: replace(getattr(settings, section), **values) for section, values in changes.items()})
+
+
+SECTIONS = tuple(f.name for f in fields(Settings) if f.name != "profile")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook: what it reads, what it makes, and which settings shape it."""
+
+    notebook: str
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+
+
+STAGES = (
+    Stage("prepare_unsupervised_dataset_for_pretraining.ipynb", ("tokenizer", "pretraining_dataset"), (), ("corpus",)),
+    Stage("prepare_supervised_dataset_for_finetuning.ipynb", ("finetuning_dataset",), ("tokenizer", "pretraining_dataset"), ("labelled",)),
+    Stage("pretrain_t5_small.ipynb", ("pretrained",), ("tokenizer", "pretraining_dataset"), ("model", "pretraining")),
+    Stage("finetune_classification_head.ipynb", ("classification_head",), ("finetuning_dataset", "pretrained"), ("classification",)),
+    Stage("finetune_text_to_text.ipynb", ("text_to_text",), ("finetuning_dataset", "pretrained", "classification_head"), ("text_to_text",)),
+)
+
+
+def stage_of(artifact: str) -> Stage:
+    """The stage that makes an artifact."""
+    for stage in STAGES:
+        if artifact in stage.outputs:
+            return stage
+    raise SettingsError(f"artifact {artifact!r} is unknown: stages make {', '.join(a for s in STAGES for a in s.outputs)}")
+
+
+def artifacts_folder(profile: str) -> Path:
+    """Where a profile's artifacts lie: `artifacts/<profile>`, or under `$ARTIFACTS_DIR`."""
+    return Path(os.environ.get("ARTIFACTS_DIR", "artifacts")) / profile
