@@ -156,9 +156,10 @@ class FinetuningSettings(TrainingSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All sections of one profile."""
+    """All sections of one profile, and the overrides that were applied to it."""
 
     profile: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     labelled: LabelledSettings = field(default_factory=LabelledSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -226,10 +227,11 @@ def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Se
         hint = f"{section} has {', '.join(known)}" if known else f"sections are {', '.join(SECTIONS)}"
         require(name in known, f"setting {key!r} is unknown: {hint}")
         changes.setdefault(section, {})[name] = tuple(value) if isinstance(value, list) else value
-    return replace(settings, **{section: replace(getattr(settings, section), **values) for section, values in changes.items()})
+    sections = {section: replace(getattr(settings, section), **values) for section, values in changes.items()}
+    return replace(settings, overrides=dict(overrides or {}), **sections)
 
 
-SECTIONS = tuple(f.name for f in fields(Settings) if f.name != "profile")
+SECTIONS = tuple(f.name for f in fields(Settings) if f.name not in ("profile", "overrides"))
 
 
 @dataclass(frozen=True)

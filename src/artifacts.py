@@ -1,0 +1,152 @@
+"""What the stages hand to each other: folders with manifests, checked for damage and staleness when read.
+
+Changed bytes or settings block a reader; changed code only warns, because most edits do not change what a stage makes.
+"""
+
+import hashlib
+import importlib.metadata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from src.config import Settings, artifacts_folder, settings_for, stage_of
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, read_manifest, recover, verify_folder
+
+RECORDED_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified folder: where it lies, what its manifest says, and the digest that names its content."""
+
+    name: str
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return content_digest(self.manifest)
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what an artifact *is*: its files, settings and inputs, but not when or where it was made."""
+    return hashlib.sha256(canonical_json({key: manifest.get(key) for key in ("files", "settings", "inputs")})).hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's own source files, in name order."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def write_artifact(
+    settings: Settings,
+    name: str,
+    *,
+    inputs: Sequence[Artifact] = (),
+    sources: Sequence[Mapping[str, Any]] = (),
+    counts: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """Write one artifact of a stage atomically, with its manifest.
+
+    Args:
+        settings: of this run; the sections of the stage and their overrides are recorded.
+        name: an output of a stage in `src.config.STAGES`.
+        inputs: the artifacts that were read; their digests are recorded.
+        sources: what `src.sources.describe_source` says of the raw files.
+        counts: numbers worth keeping; read when the block ends, so it may be filled inside.
+
+    Yields:
+        The folder to write into.
+    """
+    stage = stage_of(name)
+    manifest: dict[str, Any] = {
+        "artifact": name,
+        "producer": stage.notebook,
+        "profile": settings.profile,
+        "settings": {section: settings.section(section) for section in stage.sections},
+        "overrides": stage_overrides(settings, stage.sections),
+        "inputs": {artifact.name: artifact.digest for artifact in inputs},
+        "sources": [dict(source) for source in sources],
+        "packages": installed_versions(),
+        "code": code_digest(),
+    }
+    with atomic_folder(artifacts_folder(settings.profile) / name, manifest) as folder:
+        yield folder
+        manifest |= {"counts": dict(counts or {}), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def stage_overrides(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.overrides.items() if key.partition(".")[0] in sections}
+
+
+def open_artifact(settings: Settings, name: str) -> Artifact:
+    """Open an artifact for reading, after checking its bytes, its settings and those of everything it was made from.
+
+    Raises:
+        ArtifactError: missing, damaged or stale; names the notebook to run.
+    """
+    path = artifacts_folder(settings.profile) / name
+    recover(path)
+    cure = f"run {stage_of(name).notebook}"
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing: {cure}")
+    try:
+        manifest = verify_folder(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: {cure}") from None
+    if reason := stale_reason(settings, name):
+        raise ArtifactError(reason)
+    if manifest["code"] != code_digest():
+        warnings.warn(f"{path} was made by another version of the code: {cure} again if that matters", stacklevel=2)
+    return Artifact(name, path, manifest)
+
+
+def stale_reason(settings: Settings, name: str) -> str | None:
+    """Why an artifact no longer fits, or None. Reads manifests only, up the whole chain of inputs that are present.
+
+    A setting counts as changed when deriving it again from the profile and the overrides that the artifact was made
+    with (and those of this run) gives another value.
+    """
+    path = artifacts_folder(settings.profile) / name
+    stage = stage_of(name)
+    cure = f"run {stage.notebook}"
+    try:
+        manifest = read_manifest(path)
+    except ArtifactError as error:
+        return f"{error}: {cure}"
+    try:
+        expected = settings_for(settings.profile, {**manifest["overrides"], **stage_overrides(settings, stage.sections)})
+    except ValueError as error:
+        return f"{path} is stale ({error}): {cure}"
+    for section in stage.sections:
+        for key, value in expected.section(section).items():
+            if (made_with := manifest["settings"].get(section, {}).get(key)) != value:
+                return f"{path} is stale ({section}.{key} was {made_with!r}, is {value!r}): {cure}"
+    for input_name, digest in manifest["inputs"].items():
+        input_path = path.with_name(input_name)
+        if not input_path.exists():
+            continue  # a stage runs alone as long as what it reads itself is there
+        if reason := stale_reason(settings, input_name):
+            return reason
+        if content_digest(read_manifest(input_path)) != digest:
+            return f"{path} is stale ({input_path} has been made anew since): {cure}"
+    return None

@@ -1,0 +1,94 @@
+"""What a notebook runs in: install what is missing, then say which versions, device and number format are in use.
+
+An installed torch is never replaced (on Colab it matches the driver): pip is told to keep it as it is.
+"""
+
+import importlib.metadata
+import os
+import platform
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+SHOWN_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "peft", "bitsandbytes", "accelerate", "scikit-learn")
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_requirements(requirements: Path = REQUIREMENTS) -> list[str]:
+    """Lines of a requirements file whose package is absent or older than its floor; torch counts only when absent."""
+    from packaging.requirements import Requirement
+
+    missing = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        requirement = Requirement(text)
+        version = installed(requirement.name)
+        if version is None or (requirement.name != "torch" and not requirement.specifier.contains(version, prereleases=True)):
+            missing.append(text)
+    return missing
+
+
+def install(requirements: list[str]) -> None:
+    """Install with pip, holding an installed torch at its version.
+
+    Raises:
+        RuntimeError: pip failed; carries pip's last line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        torch_version = installed("torch")
+        constraints.write_text(f"torch=={torch_version}\n" if torch_version else "")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *requirements]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"pip could not install {', '.join(requirements)}: {reason}")
+
+
+def best_precision() -> str:
+    """The number format that this device computes fast: bf16 where it is native, else fp16 on CUDA, else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        # A T4 emulates bf16 slowly and still answers True without this flag.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
+
+
+def device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def report() -> str:
+    """A plain table of versions, device and number format."""
+    rows = [("python", platform.python_version()), *((name, installed(name) or "absent") for name in SHOWN_PACKAGES)]
+    rows += [("device", device_name()), ("precision", best_precision())]
+    return "\n".join(f"{name:<14} {value}" for name, value in rows)
+
+
+def prepare() -> None:
+    """First call of every notebook: install what is missing, quieten libraries, print the table."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after tokenizers were used
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if missing := missing_requirements():
+        print(f"installing {', '.join(missing)} ...")
+        install(missing)
+    print(report())
