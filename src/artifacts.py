@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import Settings, artifacts_folder, settings_for, stage_of
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, read_manifest, recover, verify_folder
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, read_manifest, recover, verify_folder
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy")
 
@@ -120,11 +120,11 @@ def open_artifact(settings: Settings, name: str) -> Artifact:
     return Artifact(name, path, manifest)
 
 
-def stale_reason(settings: Settings, name: str) -> str | None:
+def stale_reason(settings: Settings, name: str, *, exact: bool = False) -> str | None:
     """Why an artifact no longer fits, or None. Reads manifests only, up the whole chain of inputs that are present.
 
     A setting counts as changed when deriving it again from the profile and the overrides that the artifact was made
-    with (and those of this run) gives another value.
+    with (and those of this run) gives another value; with `exact`, from the overrides of this run alone.
     """
     path = artifacts_folder(settings.profile) / name
     stage = stage_of(name)
@@ -134,19 +134,31 @@ def stale_reason(settings: Settings, name: str) -> str | None:
     except ArtifactError as error:
         return f"{error}: {cure}"
     try:
-        expected = settings_for(settings.profile, {**manifest["overrides"], **stage_overrides(settings, stage.sections)})
+        made_with = {} if exact else manifest["overrides"]
+        expected = settings_for(settings.profile, {**made_with, **stage_overrides(settings, stage.sections)})
     except ValueError as error:
         return f"{path} is stale ({error}): {cure}"
     for section in stage.sections:
         for key, value in expected.section(section).items():
-            if (made_with := manifest["settings"].get(section, {}).get(key)) != value:
-                return f"{path} is stale ({section}.{key} was {made_with!r}, is {value!r}): {cure}"
+            if (old := manifest["settings"].get(section, {}).get(key)) != value:
+                return f"{path} is stale ({section}.{key} was {old!r}, is {value!r}): {cure}"
     for input_name, digest in manifest["inputs"].items():
         input_path = path.with_name(input_name)
         if not input_path.exists():
             continue  # a stage runs alone as long as what it reads itself is there
-        if reason := stale_reason(settings, input_name):
+        if reason := stale_reason(settings, input_name, exact=exact):
             return reason
         if content_digest(read_manifest(input_path)) != digest:
             return f"{path} is stale ({input_path} has been made anew since): {cure}"
+    return None
+
+
+def sources_changed(manifest: Mapping[str, Any]) -> str | None:
+    """Which local source file has other bytes than when it was read, or None. A file that is gone does not count."""
+    for source in manifest["sources"]:
+        path = Path(source.get("path") or "")
+        if not path.is_file() or path.stat().st_mtime_ns == source.get("modified_ns"):
+            continue
+        if path.stat().st_size != source["bytes"] or file_sha256(path) != source["sha256"]:
+            return f"{path} has changed"
     return None
