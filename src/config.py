@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from src.labels import parse_label_map
 
@@ -64,6 +65,7 @@ class LabelledSettings:
     def __post_init__(self) -> None:
         if self.label_map is not None:
             parse_label_map(self.label_map)
+        require(len(self.split_fractions) == 3, "labelled.split_fractions must be three numbers: train, validation, test")
         require(abs(sum(self.split_fractions) - 1) < 1e-9, "labelled.split_fractions must add up to 1")
         require(min(self.split_fractions) > 0, "labelled.split_fractions must be positive")
 
@@ -208,6 +210,18 @@ PROFILES = {
 }
 
 
+def typed(key: str, value: Any, expected: Any) -> Any:
+    """An overriding value as the type that its field declares: a list becomes a tuple, an integer may stand for a float."""
+    choices = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    if any(get_origin(choice) is tuple for choice in choices) and isinstance(value, list | tuple):
+        return tuple(value)
+    if float in choices and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = any(choice is bool if isinstance(value, bool) else isinstance(value, choice) for choice in choices if isinstance(choice, type))
+    require(right, f"setting {key} is {value!r}, a {type(value).__name__}: expected {getattr(expected, '__name__', expected)}")
+    return value
+
+
 def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Settings:
     """Settings of a profile with some fields replaced.
 
@@ -226,7 +240,7 @@ def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Se
         known = [f.name for f in fields(getattr(settings, section))] if section in SECTIONS else []
         hint = f"{section} has {', '.join(known)}" if known else f"sections are {', '.join(SECTIONS)}"
         require(name in known, f"setting {key!r} is unknown: {hint}")
-        changes.setdefault(section, {})[name] = tuple(value) if isinstance(value, list) else value
+        changes.setdefault(section, {})[name] = typed(key, value, get_type_hints(type(getattr(settings, section)))[name])
     sections = {section: replace(getattr(settings, section), **values) for section, values in changes.items()}
     return replace(settings, overrides=dict(overrides or {}), **sections)
 

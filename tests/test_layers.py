@@ -1,0 +1,60 @@
+"""The house keeps its floors: a file imports only from lower layers, and every file has a layer."""
+
+import ast
+from pathlib import Path
+
+SRC = Path(__file__).parent.parent / "src"
+LAYERS = {
+    0: {"config", "labels", "verified_folders", "artifacts", "environment", "progress"},
+    1: {"sources", "sample_data", "cleaning", "deduplication", "tokenizer", "span_corruption", "packing", "attention"},
+    2: {"kv_cache", "modeling_t5", "collators"},
+    3: {"optimizers", "checkpoints", "training", "qlora", "evaluation", "baselines", "display"},
+    4: {"predict", "pipeline"},
+}
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+
+
+def modules():
+    return {path.relative_to(SRC).with_suffix("").parts: path for path in SRC.rglob("*.py") if path.name != "__init__.py"}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "src":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("src."))
+
+
+def test_every_module_has_a_layer_and_every_layer_its_modules():
+    """A new file without a layer would escape the rule below."""
+    assert {parts[0] for parts in modules()} == set(LAYER_OF)
+
+
+def test_imports_go_down():
+    """An upward import makes a cycle sooner or later, and the order in which to read the code is lost."""
+    for parts, path in modules().items():
+        for imported in imported_modules(path):
+            assert LAYER_OF[imported] <= LAYER_OF[parts[0]], f"{path.name} imports {imported} from a higher layer"
+
+
+def test_same_layer_imports_have_no_cycle():
+    """Files of one layer may use each other in one direction only."""
+    graph = {parts[0]: set() for parts in modules()}
+    for parts, path in modules().items():
+        graph[parts[0]] |= {name for name in imported_modules(path) if name != parts[0]}
+    visited, stack = set(), []
+
+    def visit(name):
+        assert name not in stack, f"import cycle: {' -> '.join([*stack, name])}"
+        if name in visited:
+            return
+        stack.append(name)
+        for below in graph[name]:
+            visit(below)
+        visited.add(stack.pop())
+
+    for name in graph:
+        visit(name)

@@ -1,0 +1,72 @@
+"""Settings are frozen and checked, and labels are never guessed."""
+
+import dataclasses
+
+import pytest
+
+from src.config import PROFILES, STAGES, SettingsError, settings_for, stage_of
+from src.labels import LABELS, TWITTER_LABEL_MAP, YAHOO_LABEL_MAP, LabelError, label_id, parse_label_map
+
+
+def test_overrides_replace_fields_and_leave_the_profile_alone():
+    """A profile patched in place would leak one run's options into the next."""
+    changed = settings_for("mini", {"corpus.path": "news.csv", "labelled.split_fractions": [0.8, 0.1, 0.1]})
+    assert (changed.corpus.path, changed.labelled.split_fractions) == ("news.csv", (0.8, 0.1, 0.1))
+    assert PROFILES["mini"].corpus.path == "hub"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed.corpus.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"corpus.pth": "x"}, "'corpus.pth' is unknown: corpus has path"),
+        ({"corpora.path": "x"}, "sections are corpus"),
+        ({"corpus.vocab_size": 70_000}, "300..65536"),
+        ({"labelled.split_fractions": [0.8, 0.1]}, "train, validation, test"),
+        ({"labelled.split_fractions": [0.8, 0.1, 0.2]}, "add up to 1"),
+        ({"labelled.label_map": "0=good"}, "LABEL one of bearish, neutral, bullish"),
+        ({"pretraining.max_steps": None}, "max_steps, max_epochs or max_minutes"),
+        ({"pretraining.rows_per_step": 17}, "multiple of rows_per_micro_batch"),
+        ({"classification.method": "qlora8"}, "full, lora or qlora"),
+        ({"corpus.max_documents": "many"}, "corpus.max_documents"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(overrides, message):
+    """A misspelt or senseless setting that is ignored costs a night of training."""
+    with pytest.raises(ValueError, match=message) as error:
+        settings_for("sample", overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_profile_and_artifact():
+    """The error lists what there is."""
+    with pytest.raises(SettingsError, match="sample, mini, small"):
+        settings_for("huge")
+    with pytest.raises(SettingsError, match="finetuning_dataset"):
+        stage_of("tokeniser")
+
+
+def test_stages_read_only_what_earlier_stages_made():
+    """The order of STAGES is the order in which they run."""
+    made = set()
+    for stage in STAGES:
+        assert set(stage.inputs) <= made
+        made |= set(stage.outputs)
+
+
+def test_label_orders_of_the_known_sources():
+    """Yahoo's 0 is bullish and Twitter's 0 is bearish: mixing them up turns every score upside down."""
+    assert [LABELS[label_id(i, YAHOO_LABEL_MAP)] for i in (0, 1, 2)] == ["bullish", "neutral", "bearish"]
+    assert [LABELS[label_id(i, TWITTER_LABEL_MAP)] for i in (0, 1, 2)] == ["bearish", "bullish", "neutral"]
+    assert [LABELS[label_id(v)] for v in ("positive", " Negative", "NEUTRAL")] == ["bullish", "bearish", "neutral"]
+    assert label_id(2.0, parse_label_map("0=bearish,1=bullish,2=neutral")) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "label_map"), [(0, None), ("1", None), ("good", None), (3, YAHOO_LABEL_MAP), ("positive", YAHOO_LABEL_MAP), (None, None)]
+)
+def test_a_label_without_a_meaning_is_an_error(value, label_map):
+    """An integer that is guessed is wrong for one of the two public sources."""
+    with pytest.raises(LabelError):
+        label_id(value, label_map)
