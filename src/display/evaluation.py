@@ -1,0 +1,189 @@
+"""Tables and pictures of stages 4 and 5: scores with their intervals, confusions, calibration, errors.
+
+Every function takes what `src.evaluation` returns and hands back a pandas Styler or a matplotlib figure; none computes a
+score of its own, so a picture cannot disagree with a table.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+
+from src.evaluation import PROBABILITY_COLUMNS, reliability_bins, scale_temperature
+from src.labels import LABELS
+
+INK, ACCENT, MUTED, GRID = "#22303c", "#c2410c", "#8a97a3", "#e3e7eb"
+BASELINES = ("majority", "word_list", "tfidf_svm")
+
+
+def plain_axes(axes: Axes) -> Axes:
+    """A quiet frame: no box, a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def finished(figure: Figure) -> Figure:
+    """Close the figure for pyplot, so that a notebook shows it once: as the value of its cell."""
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def colour_of(model: str) -> str:
+    return MUTED if model in BASELINES else INK if "random_init" in model else ACCENT
+
+
+def score_cell(metrics: Mapping[str, object], name: str) -> str:
+    low, high = metrics[f"{name}_ci95"]
+    return f"{metrics[name]:.3f}  [{low:.3f}, {high:.3f}]"
+
+
+def scores_table(metrics: Sequence[Mapping[str, object]], costs: Mapping[str, Mapping[str, float]] | None = None) -> Styler:
+    """All models, best macro-F1 first, each score with its 95 % interval.
+
+    Args:
+        metrics: results of `evaluate_predictions`.
+        costs: by model: `parameters` (millions), `trainable` (millions), `seconds`, `mebibytes`; a missing one is left blank.
+    """
+    rows = []
+    for result in sorted(metrics, key=lambda result: -result["macro_f1"]):
+        row = {"model": result["model"], "accuracy": score_cell(result, "accuracy"), "macro-F1": score_cell(result, "macro_f1")}
+        row |= {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
+        row |= {"not a label": result["invalid_rate"]}
+        cost = (costs or {}).get(result["model"], {})
+        names = {"parameters": "parameters, M", "trainable": "trained, M", "seconds": "training, s", "mebibytes": "memory, MiB"}
+        rows.append(row | ({title: cost.get(key) for key, title in names.items()} if costs else {}))
+    formats = {"MCC": "{:.3f}", "ECE": "{:.3f}", "ECE, scaled": "{:.3f}", "not a label": "{:.1%}"}
+    formats |= {"parameters, M": "{:.3f}", "trained, M": "{:.3f}", "training, s": "{:.1f}", "memory, MiB": "{:.1f}"} if costs else {}
+    frame = pd.DataFrame(rows).set_index("model").astype(dict.fromkeys(formats, float))
+    return frame.style.format(formats, na_rep="–").highlight_max(subset=["MCC"], props="font-weight: bold")
+
+
+def class_table(metrics: Mapping[str, object]) -> Styler:
+    """Precision, recall and F1 of each class, with its number of texts."""
+    frame = pd.DataFrame(metrics["per_class"]).T.astype({"support": int}).rename(columns={"support": "texts"})
+    return frame.style.format("{:.3f}", subset=["precision", "recall", "f1"])
+
+
+def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Styler:
+    """Paired differences: is the first model better than the second on the same texts?"""
+    rows = []
+    for result in comparisons:
+        low, high = result["macro_f1_difference_ci95"]
+        row = {"first": result["first"], "second": result["second"], "macro-F1 difference": result["macro_f1_difference"]}
+        row |= {"95 % interval": f"[{low:+.3f}, {high:+.3f}]", "accuracy difference": result["accuracy_difference"]}
+        rows.append(row | {"bootstrap p": result["bootstrap_p"], "McNemar p": result["mcnemar_p"]})
+    formats = {"macro-F1 difference": "{:+.3f}", "accuracy difference": "{:+.3f}", "bootstrap p": "{:.3f}", "McNemar p": "{:.2g}"}
+    return pd.DataFrame(rows).style.format(formats).hide(axis="index")
+
+
+def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -> Figure:
+    """The picture to remember: every model's accuracy and macro-F1 with its 95 % interval, best at the top."""
+    ordered = sorted(metrics, key=lambda result: result["macro_f1"])
+    figure, panels = plt.subplots(1, 2, figsize=(10, 0.42 * len(ordered) + 1.4), sharey=True)
+    for axes, name, label in zip(panels, ("macro_f1", "accuracy"), ("macro-F1", "accuracy"), strict=True):
+        plain_axes(axes).grid(axis="y", visible=False)
+        for position, result in enumerate(ordered):
+            low, high = result[f"{name}_ci95"]
+            colour = colour_of(result["model"])
+            axes.plot([low, high], [position, position], color=colour, linewidth=2.5, solid_capstyle="round", alpha=0.55)
+            axes.plot(result[name], position, "o", color=colour, markersize=7)
+            axes.annotate(
+                f"{result[name]:.3f}", (high, position), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
+            )
+        axes.set_xlabel(f"{label}, 95 % interval", color=INK)
+        axes.margins(x=0.12)
+    panels[0].set_yticks(range(len(ordered)), [result["model"] for result in ordered])
+    figure.suptitle(title, color=INK, fontsize=11)
+    return finished(figure)
+
+
+def confusion_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
+    """Confusion matrices side by side: share of each true label, counts written in the cells."""
+    figure, panels = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
+    for axes, result in zip(panels[0], metrics, strict=True):
+        confusion = np.array(result["confusion"])  # (3, 4)
+        columns = 4 if confusion[:, 3].any() else 3
+        confusion = confusion[:, :columns]
+        shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Oranges", vmin=0, vmax=1)
+        for row, column in np.ndindex(*confusion.shape):
+            colour = "white" if shares[row, column] > 0.6 else INK
+            axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=10)
+        axes.set_xticks(range(columns), (*LABELS, "no label")[:columns], rotation=30, ha="right", fontsize=9)
+        axes.set_yticks(range(3), LABELS if axes is panels[0][0] else ["", "", ""], fontsize=9)
+        axes.set_title(result["model"], fontsize=10, color=INK)
+        axes.set_xlabel("predicted", fontsize=9)
+        axes.spines[:].set_visible(False)
+    panels[0][0].set_ylabel("true", fontsize=9)
+    return finished(figure)
+
+
+def reliability_figure(predictions: pd.DataFrame, metrics: Mapping[str, object]) -> Figure:
+    """Confidence against accuracy, before and after temperature scaling; on the diagonal, confidence means what it says."""
+    probabilities, labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
+    panels = [("as trained", probabilities, metrics["ece"])]
+    if "temperature" in metrics:
+        scaled = scale_temperature(probabilities, metrics["temperature"])
+        panels.append((f"temperature {metrics['temperature']:.2f}", scaled, metrics["ece_scaled"]))
+    figure, axes_row = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False)
+    for axes, (name, values, error) in zip(axes_row[0], panels, strict=True):
+        bins = reliability_bins(values, labels)
+        plain_axes(axes).plot([0.3, 1], [0.3, 1], color=MUTED, linestyle="--", linewidth=1)
+        axes.plot(bins["confidence"], bins["accuracy"], color=ACCENT, linewidth=1)
+        axes.scatter(bins["confidence"], bins["accuracy"], s=15 + 250 * bins["rows"] / bins["rows"].sum(), color=ACCENT, alpha=0.7)
+        axes.set(xlim=(0.3, 1.03), ylim=(0, 1.05), xlabel="confidence")
+        axes.set_title(f"{name}: ECE {error:.3f}", fontsize=10, color=INK)
+    axes_row[0][0].set_ylabel("accuracy")
+    return finished(figure)
+
+
+def length_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Macro-F1 by number of words, one line a model."""
+    figure, axes = plt.subplots(figsize=(6.5, 3))
+    plain_axes(axes)
+    markers = iter("osD^vPX")
+    for model, table in tables.items():
+        axes.plot(table["words"], table["macro_f1"], marker=next(markers), color=colour_of(model), label=model, linewidth=1.5)
+    axes.set(xlabel="words in the text (groups of equal size)", ylabel="macro-F1")
+    axes.legend(frameon=False, fontsize=9)
+    return finished(figure)
+
+
+def errors_table(errors: pd.DataFrame) -> Styler:
+    """The most confident mistakes of a model, text in full."""
+    wrap = {"white-space": "normal", "text-align": "left", "max-width": "46em"}
+    return errors.style.format({"confidence": "{:.2f}"}).set_properties(subset=["text"], **wrap).hide(axis="index")
+
+
+def parameter_styler(table: pd.DataFrame) -> Styler:
+    """The parts of a model: parameters, how many are trained, memory; with a last row for the whole."""
+    whole = pd.DataFrame([{"part": "together", **table[["parameters", "trainable", "mebibytes"]].sum()}])
+    frame = pd.concat([table, whole], ignore_index=True).astype({"parameters": int, "trainable": int})
+    formats = {"parameters": "{:,}", "trainable": "{:,}", "mebibytes": "{:.3f}"}
+    return frame.style.format(formats).hide(axis="index")
+
+
+def label_efficiency_figure(curve: pd.DataFrame) -> Figure:
+    """Macro-F1 against the share of labels used, one line a model: `fraction`, `model`, `macro_f1`, `low`, `high`."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.6))
+    plain_axes(axes)
+    markers = iter("osD^vPX")
+    for model, rows in curve.sort_values("fraction").groupby("model", sort=False):
+        axes.fill_between(rows["fraction"], rows["low"], rows["high"], color=colour_of(model), alpha=0.12, linewidth=0)
+        axes.plot(rows["fraction"], rows["macro_f1"], marker=next(markers), color=colour_of(model), label=model)
+    axes.set_xscale("log")
+    ticks = sorted(curve["fraction"].unique())
+    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="share of the training labels", ylabel="macro-F1")
+    axes.legend(frameon=False, fontsize=9)
+    return finished(figure)

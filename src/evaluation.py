@@ -1,0 +1,252 @@
+"""One way to judge every model: one schema of predictions in, one dictionary of metrics out.
+
+Baselines, both fine-tuned models and the cross-validated comparison all hand over the same frame, so no two numbers
+in a table were made differently. The trade-off: intervals come from resampling the test rows (bootstrap), which says how
+sure the score of *this* trained model is, and nothing about training it again with another seed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+from scipy.stats import binomtest
+
+from src.labels import LABELS
+
+PROBABILITY_COLUMNS = tuple(f"p_{label}" for label in LABELS)
+PREDICTION_COLUMNS = ("text_id", "label", "prediction", *PROBABILITY_COLUMNS, "fold", "model")
+NO_LABEL = -1  # the prediction of a generator whose output is none of the labels: always wrong
+SCORES = ("accuracy", "macro_f1", "mcc")
+
+
+class EvaluationError(ValueError):
+    """Predictions that cannot be judged."""
+
+
+def predictions_frame(
+    rows: pd.DataFrame, probabilities: np.ndarray, model: str, *, predictions: Sequence[int] | np.ndarray | None = None, fold: int = 0
+) -> pd.DataFrame:
+    """Predictions in the one schema.
+
+    Args:
+        rows: `text_id` and `label` of the judged texts.
+        probabilities: float (rows, 3) in the order of `LABELS`; each row adds up to 1.
+        model: name that tables show.
+        predictions: label ids (rows,), `NO_LABEL` where the model gave none; None: the most probable label.
+        fold: which cross-validation fold the rows are.
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)  # (rows, 3)
+    if probabilities.shape != (len(rows), len(LABELS)):
+        raise EvaluationError(f"model {model}: probabilities have shape {probabilities.shape}, expected ({len(rows)}, {len(LABELS)})")
+    frame = pd.DataFrame({"text_id": rows["text_id"].to_numpy(), "label": rows["label"].to_numpy(dtype=np.int64)})
+    frame["prediction"] = probabilities.argmax(1) if predictions is None else np.asarray(predictions, dtype=np.int64)
+    frame[list(PROBABILITY_COLUMNS)] = probabilities
+    return frame.assign(fold=fold, model=model)
+
+
+def check_predictions(predictions: pd.DataFrame) -> None:
+    """Refuse what has no meaning as predictions of one model.
+
+    Raises:
+        EvaluationError: a column or every row missing, several models, unknown labels, rows judged twice, probabilities that
+            do not add up to 1, or a fold without one of the classes.
+    """
+    missing = [column for column in PREDICTION_COLUMNS if column not in predictions]
+    if missing:
+        raise EvaluationError(f"predictions lack the column {missing[0]!r}: expected {', '.join(PREDICTION_COLUMNS)}")
+    if predictions.empty:
+        raise EvaluationError("predictions are empty: there is nothing to evaluate")
+    models = predictions["model"].unique()
+    name = models[0]
+    if len(models) > 1:
+        raise EvaluationError(f"predictions hold {len(models)} models ({', '.join(map(str, models))}): evaluate one at a time")
+    if not predictions["label"].isin(range(len(LABELS))).all():
+        raise EvaluationError(f"model {name}: a label outside 0..{len(LABELS) - 1} stands in the predictions")
+    if not predictions["prediction"].isin(range(NO_LABEL, len(LABELS))).all():
+        raise EvaluationError(f"model {name}: a prediction outside {NO_LABEL}..{len(LABELS) - 1} stands in the predictions")
+    if predictions.duplicated(["text_id", "fold"]).any():
+        raise EvaluationError(f"model {name}: a text_id is judged twice in one fold")
+    probabilities = predictions[list(PROBABILITY_COLUMNS)].to_numpy(dtype=np.float64)
+    if not (np.isfinite(probabilities).all() and (probabilities >= 0).all() and np.allclose(probabilities.sum(1), 1, atol=1e-3)):
+        raise EvaluationError(f"model {name}: probabilities must be finite, not negative and add up to 1")
+    for fold, labels in predictions.groupby("fold")["label"]:
+        absent = sorted(set(range(len(LABELS))) - set(labels))
+        if absent:
+            raise EvaluationError(f"fold {fold} has no {LABELS[absent[0]]} text: use fewer folds or more labelled rows")
+
+
+def scores_from_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of one or many confusion matrices at once, as scikit-learn defines them (`zero_division=0`).
+
+    Args:
+        confusion: counts (..., 3, 4): true label by predicted label, the last column `NO_LABEL`.
+
+    Returns:
+        `accuracy`, `macro_f1`, `mcc` (Gorodkin 2004, eq. 8) of shape (...); `precision`, `recall`, `f1` of shape (..., 3).
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)[..., : len(LABELS)]  # (..., 3): numpy takes the main diagonal of 3 x 4
+    true, predicted = confusion.sum(-1), confusion.sum(-2)  # (..., 3), (..., 4)
+    total, correct = true.sum(-1), hits.sum(-1)  # (...)
+
+    def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=np.float64), where=denominator > 0)
+
+    f1 = ratio(2 * hits, true + predicted[..., :3])
+    covariance = correct * total - (true * predicted[..., :3]).sum(-1)
+    spread = np.sqrt((total**2 - (true**2).sum(-1)) * (total**2 - (predicted**2).sum(-1)))
+    return {
+        "accuracy": ratio(correct, total),
+        "macro_f1": f1.mean(-1),
+        "mcc": ratio(covariance, spread),
+        "precision": ratio(hits, predicted[..., :3]),
+        "recall": ratio(hits, true),
+        "f1": f1,
+    }
+
+
+def confusion_cells(predictions: pd.DataFrame) -> np.ndarray:
+    """Which of the 3 x 4 cells of the confusion matrix each row falls in, one-hot float32 (rows, 12)."""
+    predicted = predictions["prediction"].to_numpy() % (len(LABELS) + 1)  # NO_LABEL = -1 becomes the last column
+    return np.eye(12, dtype=np.float32)[predictions["label"].to_numpy() * 4 + predicted]
+
+
+def resampled_confusions(cells: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Confusion matrices (resamples, 3, 4) of bootstrap resamples of the rows; equal seeds draw equal rows."""
+    rng = np.random.default_rng(seed)
+    counts = [rng.multinomial(len(cells), np.full(len(cells), 1 / len(cells))).astype(np.float32) @ cells for _ in range(resamples)]
+    return np.stack(counts).reshape(resamples, 3, 4)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """The central 95 % of bootstrap samples, [low, high]."""
+    return [float(value) for value in np.percentile(samples, [2.5, 97.5])]
+
+
+def evaluate_predictions(
+    predictions: pd.DataFrame, validation: pd.DataFrame | None = None, *, resamples: int = 1_000, seed: int = 0
+) -> dict[str, object]:
+    """Every score of one model's predictions (schema `PREDICTION_COLUMNS`), over all folds together.
+
+    Args:
+        predictions: the judged rows of one model.
+        validation: the same model's predictions on validation rows; the temperature is fitted there and nowhere else.
+        resamples: bootstrap resamples behind the 95 % intervals.
+
+    Returns:
+        JSON-ready: `rows`, `accuracy`, `macro_f1`, `mcc`, each with `<score>_ci95`; `per_class`; `confusion` (3 x 4, last
+        column: no label); `invalid_rate`; `ece`; with `validation` also `temperature` and `ece_scaled`; `folds`.
+    """
+    check_predictions(predictions)
+    cells = confusion_cells(predictions)
+    confusion = cells.sum(0).reshape(3, 4)
+    scores, samples = scores_from_confusion(confusion), scores_from_confusion(resampled_confusions(cells, resamples, seed))
+    per_class = {
+        label: {key: float(scores[key][i]) for key in ("precision", "recall", "f1")} | {"support": int(confusion[i].sum())}
+        for i, label in enumerate(LABELS)
+    }
+    probabilities, labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
+    metrics = {"model": str(predictions["model"].iloc[0]), "rows": len(predictions)}
+    metrics |= {name: float(scores[name]) for name in SCORES} | {f"{name}_ci95": interval(samples[name]) for name in SCORES}
+    metrics |= {"per_class": per_class, "confusion": confusion.astype(int).tolist()}
+    metrics |= {"invalid_rate": float((predictions["prediction"] == NO_LABEL).mean())}
+    metrics |= {"ece": expected_calibration_error(probabilities, labels)}
+    if validation is not None:
+        check_predictions(validation)
+        temperature = fit_temperature(validation[list(PROBABILITY_COLUMNS)].to_numpy(), validation["label"].to_numpy())
+        scaled = scale_temperature(probabilities, temperature)
+        metrics |= {"temperature": temperature, "ece_scaled": expected_calibration_error(scaled, labels)}
+    return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}
+
+
+def fold_scores(fold: object, rows: pd.DataFrame) -> dict[str, object]:
+    """Accuracy and macro-F1 of one fold alone."""
+    scores = scores_from_confusion(confusion_cells(rows).sum(0).reshape(3, 4))
+    return {"fold": int(fold), "rows": len(rows), "accuracy": float(scores["accuracy"]), "macro_f1": float(scores["macro_f1"])}
+
+
+def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int = 2_000, seed: int = 0) -> dict[str, object]:
+    """Is the first model better than the second on the same rows?
+
+    The paired bootstrap resamples rows and scores both models on each resample; McNemar's exact test asks whether the rows
+    that only one of them gets right are split evenly (Dietterich 1998).
+
+    Returns:
+        `accuracy_difference`, `macro_f1_difference` (first minus second) with `_ci95`, `bootstrap_p` (two-sided, of macro-F1),
+        `only_first_right`, `only_second_right`, `mcnemar_p`.
+
+    Raises:
+        EvaluationError: the two were not judged on the same rows.
+    """
+    check_predictions(first)
+    check_predictions(second)
+    first, second = (frame.sort_values(["fold", "text_id"], ignore_index=True) for frame in (first, second))
+    if len(first) != len(second) or not (first[["fold", "text_id", "label"]] == second[["fold", "text_id", "label"]]).all(axis=None):
+        raise EvaluationError(f"{first['model'][0]} and {second['model'][0]} were judged on different rows: compare them on the same")
+    cells = [confusion_cells(frame) for frame in (first, second)]
+    point = [scores_from_confusion(cell.sum(0).reshape(3, 4)) for cell in cells]
+    samples = [scores_from_confusion(resampled_confusions(cell, resamples, seed)) for cell in cells]
+    result: dict[str, object] = {"first": str(first["model"][0]), "second": str(second["model"][0])}
+    for name in ("accuracy", "macro_f1"):
+        differences = samples[0][name] - samples[1][name]
+        result |= {f"{name}_difference": float(point[0][name] - point[1][name]), f"{name}_difference_ci95": interval(differences)}
+    tail = min((differences <= 0).mean(), (differences >= 0).mean())
+    right = [(frame["prediction"] == frame["label"]).to_numpy() for frame in (first, second)]
+    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    disagreements = only_first + only_second
+    mcnemar = float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
+    result |= {"bootstrap_p": float(min(1.0, 2 * tail)), "mcnemar_p": mcnemar}
+    return result | {"only_first_right": only_first, "only_second_right": only_second}
+
+
+def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Confidence against accuracy in bins of equal width: columns `confidence`, `accuracy`, `rows` of the bins that hold any."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    frame = pd.DataFrame({"bin": index, "confidence": confidence, "accuracy": right.astype(float), "rows": 1})
+    return frame.groupby("bin").agg({"confidence": "mean", "accuracy": "mean", "rows": "sum"}).reset_index(drop=True)
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
+    """Mean gap between confidence and accuracy, weighted by rows (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    table = reliability_bins(probabilities, labels, bins)
+    return float(((table["confidence"] - table["accuracy"]).abs() * table["rows"]).sum() / table["rows"].sum())
+
+
+def scale_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (rows, 3) of logits divided by a temperature: the order of the labels stays."""
+    return softmax(np.log(np.clip(probabilities, 1e-12, None)) / temperature, axis=1)
+
+
+def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature in 0.05..20 that makes validation labels most likely (arXiv 1706.04599, section 4.2)."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = scale_temperature(probabilities, np.exp(log_temperature))
+        return -float(np.log(np.clip(scaled[np.arange(len(labels)), labels], 1e-12, None)).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
+
+
+def worst_errors(predictions: pd.DataFrame, rows: pd.DataFrame, count: int = 10) -> pd.DataFrame:
+    """The most confident mistakes: `text`, `label`, `prediction`, `confidence`; `rows` brings `text_id` and `text`."""
+    wrong = predictions[predictions["prediction"] != predictions["label"]].copy()
+    wrong["confidence"] = wrong[list(PROBABILITY_COLUMNS)].max(axis=1)
+    wrong = wrong.sort_values("confidence", ascending=False).head(count).merge(rows[["text_id", "text"]], on="text_id")
+    names = dict(enumerate(LABELS)) | {NO_LABEL: "(no label)"}
+    wrong["label"], wrong["prediction"] = wrong["label"].map(names), wrong["prediction"].map(names)
+    return wrong[["text", "label", "prediction", "confidence"]]
+
+
+def macro_f1_by_length(predictions: pd.DataFrame, rows: pd.DataFrame, quantiles: int = 4) -> pd.DataFrame:
+    """Accuracy and macro-F1 in groups of equal size by number of words: `words` (range), `rows`, `accuracy`, `macro_f1`."""
+    frame = predictions.merge(rows[["text_id", "text"]], on="text_id")
+    frame["words"] = frame["text"].str.split().str.len()
+    table = []
+    for _, group in frame.groupby(pd.qcut(frame["words"], quantiles, duplicates="drop"), observed=True):
+        scores = scores_from_confusion(confusion_cells(group).sum(0).reshape(3, 4))
+        words = f"{group['words'].min()}-{group['words'].max()}"
+        table.append({"words": words, "rows": len(group), "accuracy": float(scores["accuracy"]), "macro_f1": float(scores["macro_f1"])})
+    return pd.DataFrame(table)
