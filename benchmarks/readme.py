@@ -1,0 +1,68 @@
+"""Copy the numbers under `results/` into the README: `python -m benchmarks.readme` (`--check` only compares).
+
+A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MODEL_COLUMNS = ("accuracy", "accuracy_ci95", "macro_f1", "parameters", "trainable_parameters", "train_seconds")
+
+
+def number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(number(part) for part in value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def scalars(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{key} ")
+        elif not isinstance(value, list):
+            yield f"{prefix}{key}".replace("_", " "), "not reached" if value is None else number(value)
+
+
+def models_table(models: list[Mapping[str, Any]]) -> list[str]:
+    columns = [column for column in MODEL_COLUMNS if any(column in model for model in models)]
+    lines = ["| model | " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---|" + "---:|" * len(columns)]
+    return lines + [f"| {m['name']} | " + " | ".join(number(m[c]) if m.get(c) is not None else "" for c in columns) + " |" for m in models]
+
+
+def table(name: str) -> str:
+    """The Markdown table of one results file."""
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    result = record.get("result", record)
+    if "models" in result:
+        lines = models_table(result["models"])
+    else:
+        lines = ["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in scalars(result))]
+    return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])
+
+
+def render(readme: str) -> str:
+    return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], readme)
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv:
+        if new != old:
+            print("README.md does not show what results/ holds: run python -m benchmarks.readme", file=sys.stderr)
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
