@@ -1,0 +1,144 @@
+"""Evaluation against scikit-learn and against answers that are known beforehand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as reference
+
+from src import evaluation
+from src.evaluation import NO_LABEL, EvaluationError, compare_models, evaluate_predictions, predictions_frame
+from src.labels import LABELS
+
+
+def rows_of(labels):
+    return pd.DataFrame({"text_id": [f"t{i}" for i in range(len(labels))], "label": labels})
+
+
+def judged(rng, rows=300, skill=2.0, model="model"):
+    """Predictions of a model that knows something: noisy logits with a bump at the true label."""
+    labels = rng.choice(3, rows, p=[0.2, 0.5, 0.3])
+    logits = rng.normal(size=(rows, 3)) + skill * np.eye(3)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return predictions_frame(rows_of(labels), probabilities, model)
+
+
+def test_scores_are_those_of_scikit_learn():
+    """Scores computed from confusion counts drift from the field's definitions: numbers could not be compared with papers."""
+    predictions = judged(np.random.default_rng(0))
+    predictions.loc[::17, "prediction"] = NO_LABEL
+    found = evaluate_predictions(predictions, resamples=20)
+    true, predicted = predictions["label"], predictions["prediction"]
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(true, predicted))
+    assert found["macro_f1"] == pytest.approx(reference.f1_score(true, predicted, labels=[0, 1, 2], average="macro"))
+    assert found["mcc"] == pytest.approx(reference.matthews_corrcoef(true, predicted))
+    precision, recall, f1, support = reference.precision_recall_fscore_support(true, predicted, labels=[0, 1, 2])
+    for index, label in enumerate(LABELS):
+        expected = {"precision": precision[index], "recall": recall[index], "f1": f1[index], "support": support[index]}
+        assert found["per_class"][label] == pytest.approx(expected)
+    assert np.array_equal(np.array(found["confusion"])[:, :3], reference.confusion_matrix(true, predicted, labels=[0, 1, 2]))
+    assert np.array(found["confusion"]).sum() == 300
+
+
+def test_an_output_that_is_no_label_counts_as_wrong():
+    """A generator that says something else would be scored only on the texts where it behaved."""
+    predictions = predictions_frame(rows_of([0, 1, 2, 1]), np.eye(3)[[0, 1, 2, 1]], "generator", predictions=[0, NO_LABEL, 2, 1])
+    found = evaluate_predictions(predictions, resamples=10)
+    assert found["accuracy"] == 0.75
+    assert found["invalid_rate"] == 0.25
+    assert found["confusion"][1] == [0, 1, 0, 1]
+
+
+def test_intervals_hold_the_truth_as_often_as_they_promise():
+    """Intervals too narrow call chance a result. The true accuracy of 0.7 must lie inside about 95 of 100 times."""
+    rng, inside = np.random.default_rng(1), 0
+    for trial in range(100):
+        labels = rng.choice(3, 200)
+        right = rng.random(200) < 0.7
+        predictions = predictions_frame(rows_of(labels), np.eye(3)[np.where(right, labels, (labels + 1) % 3)], "model")
+        low, high = evaluate_predictions(predictions, resamples=200, seed=trial)["accuracy_ci95"]
+        inside += low <= 0.7 <= high
+    assert 88 <= inside <= 100
+
+
+def test_paired_comparison_sees_what_single_intervals_hide():
+    """Two models that agree on most rows: the difference is sure though both intervals overlap. Order of rows must not matter."""
+    rng = np.random.default_rng(2)
+    labels = rng.choice(3, 400)
+    second_right = rng.random(400) < 0.70
+    first_right = second_right | (rng.random(400) < 0.15)
+    frames = [
+        predictions_frame(rows_of(labels), np.eye(3)[np.where(right, labels, (labels + 1) % 3)], name)
+        for right, name in ((first_right, "first"), (second_right, "second"))
+    ]
+    result = compare_models(frames[0], frames[1].sample(frac=1, random_state=0))
+    gained = int((first_right & ~second_right).sum())
+    assert (result["only_first_right"], result["only_second_right"]) == (gained, 0)
+    assert result["accuracy_difference"] == pytest.approx(gained / 400)
+    assert result["accuracy_difference_ci95"][0] > 0
+    assert result["mcnemar_p"] == pytest.approx(2 * 0.5**gained)  # the exact binomial test with nothing on the other side
+    same = compare_models(frames[0], frames[0].assign(model="copy"))
+    assert (same["macro_f1_difference"], same["mcnemar_p"], same["bootstrap_p"]) == (0, 1, 1)
+
+
+def test_temperature_repairs_overconfidence_and_keeps_the_order():
+    """Temperature scaling fitted wrongly would change labels or leave confidence as wrong as it was."""
+    rng = np.random.default_rng(3)
+    honest_validation, honest_test = judged(rng, 4_000), judged(rng, 4_000)
+    overconfident = []
+    for frame in (honest_validation, honest_test):
+        probabilities = evaluation.scale_temperature(frame[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), 1 / 3)
+        overconfident.append(predictions_frame(frame, probabilities, "overconfident"))
+    found = evaluate_predictions(overconfident[1], overconfident[0], resamples=10)
+    # The noise that made the logits is Gaussian, not Gumbel, so even the honest model is not at temperature 1 exactly.
+    honest = evaluation.fit_temperature(honest_validation[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), honest_validation["label"])
+    assert found["temperature"] == pytest.approx(3 * honest, rel=0.02)
+    assert found["ece_scaled"] < 0.03 < found["ece"]
+    assert (overconfident[1]["prediction"] == honest_test["prediction"]).all()
+
+
+def test_calibration_error_by_hand():
+    """Four texts at confidence 0.9, half of them right: the gap is 0.4; two at 0.6, both right: 0.4. Together 0.4."""
+    probabilities = np.array([[0.9, 0.05, 0.05]] * 4 + [[0.2, 0.6, 0.2]] * 2)
+    assert evaluation.expected_calibration_error(probabilities, np.array([0, 0, 1, 2, 1, 1])) == pytest.approx(0.4)
+
+
+def test_tables_name_the_texts():
+    """A table of errors that joins the wrong texts sends the reader after the wrong mistakes."""
+    labels = [0, 1, 2, 0]
+    rows = rows_of(labels).assign(text=["down " * 3, "flat " * 9, "up " * 3, "down " * 9])
+    probabilities = np.array([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.95, 0.03, 0.02], [0.6, 0.2, 0.2]])
+    predictions = predictions_frame(rows, probabilities, "model")
+    errors = evaluation.worst_errors(predictions, rows)
+    assert errors["text"].tolist() == ["up " * 3, "down " * 3]
+    assert errors["prediction"].tolist() == ["bearish", "neutral"]
+    by_length = evaluation.macro_f1_by_length(predictions, rows, quantiles=2)
+    assert by_length["words"].tolist() == ["3-3", "9-9"]
+    assert by_length["accuracy"].tolist() == [0.0, 1.0]
+
+
+BAD = {
+    "empty": (lambda f: f.iloc[:0], "predictions are empty"),
+    "column": (lambda f: f.drop(columns="fold"), "lack the column 'fold'"),
+    "class": (lambda f: f[f["label"] != 2], "fold 0 has no bullish text"),
+    "label": (lambda f: f.assign(label=7), "a label outside 0..2"),
+    "prediction": (lambda f: f.assign(prediction=3), "a prediction outside -1..2"),
+    "twice": (lambda f: pd.concat([f, f]), "judged twice"),
+    "models": (lambda f: pd.concat([f, f.assign(model="other")]), "evaluate one at a time"),
+    "probabilities": (lambda f: f.assign(p_neutral=2.0), "add up to 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_predictions_stop_with_one_line(case):
+    """Each would otherwise give a number that means nothing."""
+    spoil, message = BAD[case]
+    with pytest.raises(EvaluationError, match=message) as error:
+        evaluate_predictions(spoil(judged(np.random.default_rng(4))))
+    assert "\n" not in str(error.value)
+
+
+def test_models_judged_on_different_rows_are_not_compared():
+    """A paired test on unpaired rows is worse than none."""
+    first, second = judged(np.random.default_rng(5)), judged(np.random.default_rng(6), model="other")
+    with pytest.raises(EvaluationError, match="different rows"):
+        compare_models(first, second)
