@@ -125,13 +125,15 @@ class PretrainingSettings(TrainingSettings):
     """Stage 3: span corruption (arXiv 1910.10683, section 3.1.4), packed."""
 
     inputs_length: int = 512  # encoder tokens of a packed row
-    targets_length: int = 114  # decoder tokens of a packed row
+    targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more
+    packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
     validation_rows: int = 256  # packed rows that one evaluation reads
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
 
@@ -183,7 +185,7 @@ PROFILES = {
         labelled=LabelledSettings(path="sample"),
         model=ModelSettings(d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2),
         pretraining=PretrainingSettings(
-            inputs_length=256, targets_length=57, max_steps=400, warmup_steps=40, evaluate_every=50, checkpoint_every=200
+            inputs_length=256, targets_length=59, max_steps=400, warmup_steps=40, evaluate_every=50, checkpoint_every=200
         ),
         classification=FinetuningSettings(
             learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20
