@@ -1,0 +1,153 @@
+"""T5's encoder and decoder stacks, their initialisation, and what a checkpoint must hold to be loaded."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, T5Config
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+
+from src.attention import causal_mask, position_bias, segment_mask
+from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm
+
+HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+TIED_WEIGHTS = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight")
+
+
+class ModelError(ValueError):
+    """Weights, ids or options that this model cannot run with."""
+
+
+class T5PreTrainedModel(PreTrainedModel):
+    """Initialisation and checkpoint rules shared by all T5 classes here."""
+
+    config_class = T5Config
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flex_attn = True  # the kernel is chosen by device (src.t5_layers), whatever the config asks for
+    _no_split_modules = ("T5Block",)
+    # An early release of the original checkpoints carried this unused table.
+    _keys_to_ignore_on_load_unexpected = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's factors: each weight keeps the variance of its input, and q also takes up the missing 1/sqrt(d_kv)."""
+        factor, d_model = self.config.initializer_factor, self.config.d_model
+        if isinstance(module, T5LayerNorm):
+            init.constant_(module.weight, factor)
+        elif isinstance(module, T5Attention):
+            inner = self.config.num_heads * self.config.d_kv
+            scales = {"q": (d_model * self.config.d_kv) ** -0.5, "k": d_model**-0.5, "v": d_model**-0.5, "o": inner**-0.5}
+            for name, scale in scales.items():
+                init.normal_(getattr(module, name).weight, std=factor * scale)
+            if hasattr(module, "relative_attention_bias"):
+                init.normal_(module.relative_attention_bias.weight, std=factor * d_model**-0.5)
+        elif isinstance(module, T5FeedForward):
+            for name, projection in module.named_children():
+                if isinstance(projection, nn.Linear):
+                    init.normal_(projection.weight, std=factor * (self.config.d_ff if name == "wo" else d_model) ** -0.5)
+        elif hasattr(module, "shared"):
+            init.normal_(module.shared.weight, std=factor)
+            if hasattr(module, "lm_head") and not self.config.tie_word_embeddings:
+                init.normal_(module.lm_head.weight, std=factor)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """Stock `from_pretrained`, which here refuses checkpoints that are not T5 and weights that are not numbers."""
+        model_type = PreTrainedConfig.get_config_dict(path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})[0].get("model_type")
+        if model_type != "t5":
+            raise ModelError(f"{path} holds a {model_type!r} model: give the folder or Hub id of a T5 checkpoint")
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+                raise ModelError(f"{path}: {name} holds NaN or infinite values: the training run diverged, load an earlier checkpoint")
+        return loaded
+
+
+class T5Stack(T5PreTrainedModel):
+    """Encoder or decoder: embedding, blocks, final norm."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.block = nn.ModuleList([T5Block(config, index) for index in range(config.num_layers)])
+        self.final_layer_norm = T5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        self.embed_tokens = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        encoder_states: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        cache=None,
+        **_: object,
+    ) -> BaseModelOutput:
+        """Run the stack.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, keys) 1 = real, or None; keys count cached tokens too.
+            segment_ids: (batch, length) 0 = padding, 1.. = example, or None; takes the place of `attention_mask`.
+            encoder_states: (batch, source length, d_model), decoder only.
+            encoder_mask: bool, broadcastable to (batch, 1, length, source length).
+            cache: `src.kv_cache.T5Cache` to read and extend, decoder only.
+
+        Returns:
+            `last_hidden_state` (batch, length, d_model), normed.
+        """
+        start = 0 if cache is None else cache.get_seq_length()
+        length = input_ids.shape[1]
+        mask = self._mask(start, length, attention_mask, segment_ids, input_ids.device)
+        bias = self._bias(start, length, cache)
+        hidden_states = self.dropout(self.embed_tokens(input_ids).float())
+        for block in self.block:
+            hidden_states = block(
+                hidden_states, bias=bias, mask=mask, encoder_states=encoder_states, encoder_mask=encoder_mask, cache=cache
+            )
+        return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(hidden_states)))
+
+    def _bias(self, start: int, length: int, cache) -> Tensor:
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        return position_bias(table, start, length, start + length, not self.config.is_decoder, self.config.relative_attention_max_distance)
+
+    def _mask(self, start: int, length: int, attention_mask, segment_ids, device) -> Tensor | None:
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        if segment_ids is not None:
+            mask = segment_mask(segment_ids, segment_ids)
+        if self.config.is_decoder and length > 1:
+            causal = causal_mask(length, start + length, device)
+            mask = causal if mask is None else mask & causal
+        return None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
+
+
+class T5Model(T5PreTrainedModel):
+    """Encoder, and decoder unless `has_decoder` is False, over one embedding."""
+
+    def __init__(self, config: T5Config, has_decoder: bool = True) -> None:
+        super().__init__(config)
+        build_stacks(self, config, has_decoder)
+        tied = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")[: 1 + has_decoder]
+        self._tied_weights_keys = dict.fromkeys(tied, "shared.weight")
+        self.post_init()
+
+
+def build_stacks(model: PreTrainedModel, config: T5Config, has_decoder: bool = True) -> None:
+    """Give a model T5's `shared`, `encoder` and `decoder`."""
+    model.shared = nn.Embedding(config.vocab_size, config.d_model)
+    encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
+    encoder_config.is_decoder = encoder_config.use_cache = False
+    model.encoder = T5Stack(encoder_config)
+    if has_decoder:
+        decoder_config.is_decoder, decoder_config.num_layers = True, config.num_decoder_layers
+        model.decoder = T5Stack(decoder_config)
