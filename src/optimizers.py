@@ -1,0 +1,136 @@
+"""Optimizer recipes and learning-rate schedules, by name.
+
+T5's embedding starts two orders of magnitude larger than its projections, so one absolute rate is too small for the one or too
+large for the others and training stalls. Every recipe but plain `adamw` therefore makes steps relative to the size (RMS) of the
+parameter. `adafactor_t5` is the recipe of the T5 paper, kept to compare with.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from transformers.optimization import Adafactor
+
+from src.config import TrainingSettings
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
+SMALLEST_RMS = 1e-3  # a parameter that starts at zero must still move (Adafactor, arXiv 1804.04235, section 8)
+
+
+class OptimizerError(ValueError):
+    """An optimizer or schedule that does not exist."""
+
+
+class RMSScaledOptimizer(torch.optim.Optimizer):
+    """Steps of `lr * max(RMS(parameter), 1e-3) * direction`, so `lr` is a relative change of the parameter.
+
+    A group's `direction` is "adam" (bias-corrected AdamW, arXiv 1711.05101; the scaling is nanoT5's) or "muon" (momentum made
+    orthogonal, scaled to the RMS of an Adam step as in arXiv 2502.16982, eq. 4). Weight decay is decoupled.
+    """
+
+    def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "direction": "adam", "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            direction = muon_direction if group["direction"] == "muon" else adam_direction
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = direction(parameter.grad, self.state[parameter], group)
+                size = torch.linalg.vector_norm(parameter) / math.sqrt(parameter.numel())
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(update.mul_(size.clamp_min(SMALLEST_RMS) * group["lr"]))
+
+
+def adam_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+    """m / (sqrt(v) + eps), both bias-corrected: a new tensor like `gradient`."""
+    if not state:
+        state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    state["exp_avg"].lerp_(gradient, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+    return state["exp_avg"].div(denominator).div_(1 - beta1 ** state["step"])
+
+
+def muon_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+    """Nesterov momentum with its singular values pushed to 1, times 0.2 sqrt(larger side): float32, like `gradient`."""
+    if not state:
+        state |= {"momentum": torch.zeros_like(gradient)}
+    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+    update = gradient.lerp(state["momentum"], group["momentum"])
+    return orthogonalise(update).to(gradient.dtype).mul_(0.2 * math.sqrt(max(gradient.shape)))
+
+
+def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest matrix with all singular values near 1, by Newton-Schulz iteration in bf16: (rows, columns)."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def is_projection(name: str, parameter: nn.Parameter) -> bool:
+    """A weight matrix inside a block: not an embedding, the output layer, a position bias, a norm or an offset."""
+    outside = ("shared", "embed_tokens", "lm_head", "relative_attention_bias")
+    return parameter.ndim == 2 and not any(part in name for part in outside)
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """The optimizer `settings.optimizer` over the trainable parameters; weight decay on projections only.
+
+    Raises:
+        OptimizerError: unknown name, or nothing to train.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    projections = [parameter for name, parameter in trainable if is_projection(name, parameter)]
+    others = [parameter for name, parameter in trainable if not is_projection(name, parameter)]
+    if not trainable:
+        raise OptimizerError("the model has no trainable parameter: unfreeze some or add adapters")
+    groups = [{"params": projections, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    match settings.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+        case "adamw_rms_scaled":
+            return RMSScaledOptimizer(groups, settings.learning_rate)
+        case "muon":
+            if projections:
+                groups[0]["direction"] = "muon"
+            return RMSScaledOptimizer(groups, settings.learning_rate)
+        case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2
+            return Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
+    raise OptimizerError(f"optimizer {settings.optimizer!r} is unknown: choose adamw, adamw_rms_scaled, muon or adafactor_t5")
+
+
+def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: float) -> float:
+    """What the learning rate is multiplied with before step `step` (0, 1, ...), after a linear warm-up.
+
+        cosine        1 -> 0.02 along half a cosine of `progress`
+        linear        1 -> 0 in `progress`
+        inverse_sqrt  sqrt(warmup_steps / step)
+        constant      1
+
+    Args:
+        progress: share of the budget that is used, 0..1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    match schedule:
+        case "cosine":
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case "linear":
+            return max(0.0, 1 - progress)
+        case "inverse_sqrt":
+            return math.sqrt(max(1, warmup_steps) / max(1, step))
+        case "constant":
+            return 1.0
+    raise OptimizerError(f"schedule {schedule!r} is unknown: choose cosine, linear, inverse_sqrt or constant")

@@ -1,0 +1,319 @@
+"""The training loop of stages 3, 4 and 5, on `accelerate`: one process or many, one number format or another, never lost.
+
+A step is a pure function of (weights, optimizer state, step number): batches come from a stateless source and random numbers are seeded
+from the step's number. So a resumed run repeats the uninterrupted one bit for bit (float32 on CPU), and a step that ran out
+of memory can simply be taken again in smaller pieces. The price is one synchronisation with the device per step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from src.checkpoints import Checkpoints, TrainingState, run_digest
+from src.config import TrainingSettings
+from src.environment import best_precision
+from src.interruption import StopRequest
+from src.optimizers import build_optimizer, learning_rate_factor
+from src.training_bar import TrainingBar
+
+MOST_STEPS_SKIPPED = 20  # in a row, by the fp16 gradient scaler, before it counts as divergence
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; says what to change."""
+
+
+class Epoch(Protocol):
+    """What the loop asks of an epoch; see `src.collators.PackedEpoch`."""
+
+    num_rows: int
+
+    def batch(self, start: int, stop: int) -> dict[str, torch.Tensor]: ...
+
+    def num_labels(self, start: int, stop: int) -> int: ...
+
+    def rows_example_ids(self, start: int, stop: int) -> list[int]: ...
+
+
+class Source(Protocol):
+    def epoch(self, epoch: int) -> Epoch: ...
+
+
+@dataclass
+class TrainingResult:
+    """What came out: the model with its best weights, the log, and where the best was seen."""
+
+    model: nn.Module
+    log: list[dict[str, Any]]
+    best: dict[str, Any]  # {"step", "metrics"}
+    finished: bool
+    folder: Path
+    state: TrainingState = field(repr=False)
+
+
+def train(
+    model: nn.Module,
+    train_source: Source,
+    settings: TrainingSettings,
+    output_dir: Path,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    monitor: str = "validation_loss",
+    higher_is_better: bool = False,
+    run_inputs: Mapping[str, Any] | None = None,
+    on_evaluation: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> TrainingResult:
+    """Train until the first budget is spent, resuming by itself where the same run was cut off.
+
+    Args:
+        model: takes a batch and `num_items_in_batch`, returns `.loss`; trained in place, ends with its best weights.
+        output_dir: checkpoints go to a folder below it, named after the run.
+        evaluate: called with the bare model in eval mode, without gradients; returns metrics, `monitor` among them.
+        run_inputs: anything else that makes this run another one, e.g. digests of artifacts.
+        on_evaluation: called with the log after each evaluation, e.g. to redraw a curve.
+
+    Raises:
+        TrainingError: loss or gradient not finite, or no memory even for one row at a time.
+        CheckpointError: no usable checkpoint, or no room for one.
+        TrainingInterrupted: stopped from outside; everything is saved.
+    """
+    run = TrainingRun(model, train_source, settings, output_dir, evaluate, monitor, higher_is_better, run_inputs or {})
+    run.resume()
+    with StopRequest() as stop, run.show_progress() as bar:
+        run.evaluate_if_due(on_evaluation)
+        while not run.is_over():
+            stop_requested = run.take_step(stop.requested)
+            bar.show(run.log[-1], run.progress())
+            if stop_requested:
+                run.save()
+                stop.leave(f"stopped after step {run.state.step} and saved: run again to go on")
+            run.evaluate_if_due(on_evaluation)
+            run.save_if_due()
+    return run.finish(on_evaluation)
+
+
+class TrainingRun:
+    """One run: its model, optimizer, place in the data, and log."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        settings: TrainingSettings,
+        output_dir: Path,
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        monitor: str,
+        higher_is_better: bool,
+        run_inputs: Mapping[str, Any],
+    ) -> None:
+        self.source, self.settings, self.evaluate = source, settings, evaluate
+        self.monitor, self.sign = monitor, 1.0 if higher_is_better else -1.0
+        precision = best_precision() if settings.precision == "auto" else settings.precision
+        # Unused parameters are those of a decoder that an encoder-only head never runs.
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.autocast_dtype = AUTOCAST.get(precision)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
+        digest = run_digest(model, settings, source, {**run_inputs, "precision": precision})
+        self.checkpoints = Checkpoints(Path(output_dir) / f"run-{digest[:12]}")
+        self.model = self.accelerator.prepare_model(model)
+        self.bare_model = model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(model, settings)
+        self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.micro_rows = settings.rows_per_micro_batch
+        self.state, self.log = TrainingState(), []
+
+    # --- where the run stands ---
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint, if there is one."""
+        if (found := self.checkpoints.load_newest(self.bare_model, self.optimizer, self.scaler)) is not None:
+            self.state, self.log = found
+            print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
+        self.clock_start = time.monotonic() - self.state.seconds
+        self.open_epoch()
+
+    def open_epoch(self) -> None:
+        self.epoch = self.source.epoch(self.state.epoch)
+        self.steps_in_epoch = max(1, math.ceil(self.epoch.num_rows / self.settings.rows_per_step))
+
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0..1: of the budget that ends first."""
+        spent = (self.state.step, self.state.epoch + self.state.step_in_epoch / self.steps_in_epoch, self.state.seconds / 60)
+        budgets = (self.settings.max_steps, self.settings.max_epochs, self.settings.max_minutes)
+        return min(1.0, max(used / budget for used, budget in zip(spent, budgets, strict=True) if budget))
+
+    def is_over(self) -> bool:
+        patience = self.settings.early_stop_evaluations
+        return self.state.finished or self.progress() >= 1 or bool(patience and self.state.evaluations_without_best >= patience)
+
+    # --- one step ---
+
+    def take_step(self, stop_requested: bool) -> bool:
+        """One optimizer step on the next `rows_per_step` rows. Returns whether any process was asked to stop."""
+        state, began = self.state, time.monotonic()
+        rows = [self.epoch.num_rows * at // self.steps_in_epoch for at in (state.step_in_epoch, state.step_in_epoch + 1)]
+        factor = learning_rate_factor(self.settings.schedule, state.step, self.settings.warmup_steps, self.progress())
+        for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
+            group["lr"] = rate * factor
+        loss, tokens = self.accumulate_gradients(*rows)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        clock = time.monotonic() - self.clock_start if self.accelerator.is_main_process else 0.0
+        loss, tokens, stops, state.seconds = self.sum_over_processes(loss.item(), tokens, float(stop_requested), clock)
+        self.update_weights(loss, norm.item(), rows)
+        state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
+        seconds = time.monotonic() - began
+        record = {"step": state.step, "epoch": state.epoch, "loss": loss, "gradient_norm": norm.item(), "learning_rate": group["lr"]}
+        self.log.append(record | {"tokens": state.tokens, "seconds": state.seconds, "tokens_per_second": tokens / seconds})
+        if state.step_in_epoch == self.steps_in_epoch:
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            self.open_epoch()
+        return stops > 0
+
+    def accumulate_gradients(self, start: int, stop: int) -> tuple[torch.Tensor, float]:
+        """Gradient of the mean loss over the labels of all rows `start..stop`; halves the micro-batch when memory runs out.
+
+        Returns:
+            This process's share of that loss, and the real tokens it read.
+        """
+        while True:
+            try:
+                return self.backward(start, stop)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.micro_rows == 1 or self.accelerator.num_processes > 1:
+                    raise TrainingError(
+                        f"out of memory with {self.micro_rows} row(s) at a time: lower rows_per_micro_batch or the row lengths"
+                    ) from error
+            self.micro_rows //= 2
+            print(f"out of memory: going on with {self.micro_rows} rows at a time, the global batch stays {self.settings.rows_per_step}")
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def backward(self, start: int, stop: int) -> tuple[torch.Tensor, float]:
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed(step_seed(self.settings.seed, self.state.step, process))  # dropout
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_labels = max(1, self.epoch.num_labels(start, stop))
+        first, last = (start + (stop - start) * share // processes for share in (process, process + 1))
+        empty = first == last  # more processes than rows: take part with a weight of nothing
+        bounds = [(row, min(row + self.micro_rows, last)) for row in range(first, last, self.micro_rows)] or [(start, start + 1)]
+        total, tokens = torch.zeros((), device=self.accelerator.device), 0.0
+        for bound in bounds:
+            batch = self.epoch.batch(*bound)
+            tokens += 0 if empty else count_tokens(batch)
+            batch = {key: values.to(self.accelerator.device, non_blocking=True) for key, values in batch.items()}
+            with nullcontext() if bound == bounds[-1] else self.accelerator.no_sync(self.model):
+                with self.autocast():
+                    loss = self.model(**batch, num_items_in_batch=num_labels).loss * (0.0 if empty else 1.0)
+                # Gradients are averaged over processes, and the loss is to be summed.
+                self.accelerator.backward(self.scaler.scale(loss * processes))
+            total += loss.detach().float()
+        return total, tokens
+
+    def autocast(self) -> AbstractContextManager:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, self.autocast_dtype)
+
+    def update_weights(self, loss: float, norm: float, rows: list[int]) -> None:
+        """The optimizer's step, unless loss or gradient is not finite.
+
+        Raises:
+            TrainingError: not finite; the examples' ids are written beside the checkpoints.
+        """
+        skipped = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        self.state.steps_skipped = self.state.steps_skipped + 1 if skipped else 0
+        if not (math.isfinite(loss) and (math.isfinite(norm) or (self.state.steps_skipped <= MOST_STEPS_SKIPPED and skipped))):
+            self.report_non_finite(loss, norm, rows)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def report_non_finite(self, loss: float, norm: float, rows: list[int]) -> None:
+        path = self.checkpoints.folder / "non_finite.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        where = {"step": self.state.step + 1, "epoch": self.state.epoch, "loss": str(loss), "gradient_norm": str(norm)}
+        if self.accelerator.is_main_process:
+            path.write_text(json.dumps(where | {"example_ids": self.epoch.rows_example_ids(*rows)}, indent=1))
+        raise TrainingError(
+            f"step {where['step']}: loss {loss}, gradient norm {norm}: lower learning_rate or raise warmup_steps, or look at "
+            f"the examples in {path}; the last good checkpoint is kept"
+        )
+
+    def sum_over_processes(self, *values: float) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum").tolist()
+
+    # --- between steps ---
+
+    def evaluate_if_due(self, on_evaluation: Callable[[list[dict]], None] | None, force: bool = False) -> None:
+        state = self.state
+        due = force or state.step % self.settings.evaluate_every == 0
+        if not due or state.evaluated_step == state.step:
+            return
+        self.bare_model.eval()
+        with torch.no_grad(), self.autocast():
+            metrics = self.evaluate(self.bare_model)
+        state.evaluated_step = state.step
+        if math.isfinite(metrics[self.monitor]) and (state.best is None or self.sign * (metrics[self.monitor] - state.best) > 0):
+            state.best, state.best_step, state.evaluations_without_best = metrics[self.monitor], state.step, 0
+            if self.accelerator.is_main_process:
+                self.checkpoints.save_best(self.bare_model, state, metrics)
+        else:
+            state.evaluations_without_best += 1
+        self.log.append({"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": state.seconds, **metrics})
+        if on_evaluation is not None and self.accelerator.is_main_process:
+            on_evaluation(self.log)
+
+    def save_if_due(self) -> None:
+        if self.state.step % self.settings.checkpoint_every == 0 and not self.is_over():
+            self.save()
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.bare_model, self.optimizer, self.scaler, self.state, self.log)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, on_evaluation: Callable[[list[dict]], None] | None) -> TrainingResult:
+        """Last evaluation and checkpoint, then the best weights."""
+        if not self.state.finished:
+            self.evaluate_if_due(on_evaluation, force=True)
+            self.state.finished = True
+            self.save()
+        best = self.checkpoints.load_best(self.bare_model)
+        self.bare_model.eval()
+        return TrainingResult(self.bare_model, self.log, best, self.state.finished, self.checkpoints.folder, self.state)
+
+    def show_progress(self) -> TrainingBar:
+        return TrainingBar(self.progress(), disable=not self.accelerator.is_main_process or self.state.finished)
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Seed of one step's random numbers on one process: nothing to save, nothing to lose."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:
+    """Real tokens on both sides of a batch; all of them where there are no segment ids."""
+    segments = [values for key, values in batch.items() if key.endswith("segment_ids")]
+    return float(sum(int((values > 0).sum()) for values in segments)) or float(batch["input_ids"].numel())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # On CPU, torch raises a plain RuntimeError with these words.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
