@@ -1,0 +1,185 @@
+"""The tokenizer: SentencePiece Unigram trained on the corpus, wrapped as a `transformers` T5 tokenizer.
+
+Only a plain Unigram model with nmt_nfkc gives the same ids in both libraries (byte fallback becomes `<unk>` and BPE
+goes wrong without a word), so nothing else is offered. Bulk text is encoded by SentencePiece itself, about eight times
+as fast; the `transformers` tokenizer serves everyone who opens a checkpoint.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+
+SENTINELS = 100
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+MODEL_FILE = "spiece.model"
+THREADS = 2  # fixed: the sums of a training step depend on how many threads share it
+# What training sees is bounded, whatever the corpus: SentencePiece takes about 30 bytes of memory for each character.
+CHARACTERS_PER_DOCUMENT, CHARACTERS_IN_ALL, CHARACTERS_PER_SENTENCE = 12_000, 50_000_000, 4_000
+# Every printable ASCII character is a piece, so no price, ticker or name in plain English has an unknown character.
+REQUIRED_CHARACTERS = "".join(map(chr, range(0x21, 0x7F))) + "€£"
+SPECIAL_TOKEN = re.compile(r"<(?=(?:pad|unk|/s|extra_id_\d{1,2})>)")
+SPECIAL_SCORE = -10_000.0  # below any spelling in plain pieces, so that text never becomes a special token
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained or read."""
+
+
+def training_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of the documents, cut at spaces, within the bounds on what training sees."""
+    characters = 0
+    for text in texts:
+        text = text[:CHARACTERS_PER_DOCUMENT]
+        start = 0
+        while start < len(text) and characters < CHARACTERS_IN_ALL:
+            end = start + CHARACTERS_PER_SENTENCE
+            if end < len(text) and (space := text.rfind(" ", start, end)) > start:
+                end = space
+            yield text[start:end]
+            characters += end - start
+            start = end
+
+
+def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int) -> None:
+    """Train a Unigram model (Kudo 2018, arXiv 1804.10959) whose pieces leave room for the sentinels.
+
+    Args:
+        texts: documents, streamed.
+        model_path: the `.model` file to write.
+        vocab_size: pieces and sentinels together.
+
+    Raises:
+        TokenizerError: the corpus has too little text, or too many characters, for the vocabulary.
+    """
+    try:
+        with model_path.open("wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=training_sentences(texts),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size - SENTINELS,
+                normalization_rule_name="nmt_nfkc",
+                split_digits=True,
+                byte_fallback=False,
+                character_coverage=0.9999,
+                required_chars=REQUIRED_CHARACTERS,
+                max_sentence_length=4 * CHARACTERS_PER_SENTENCE,
+                pad_id=PAD_ID,
+                eos_id=EOS_ID,
+                unk_id=UNK_ID,
+                bos_id=-1,
+                num_threads=THREADS,
+                minloglevel=2,
+            )
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(training_failure(str(error), vocab_size)) from None
+
+
+def training_failure(message: str, vocab_size: int) -> str:
+    """SentencePiece's complaint as one line with the cure."""
+    if most := re.search(r"too high.*?<= (\d+)", message, re.DOTALL):
+        return (
+            f"the corpus is too small for a vocabulary of {vocab_size}: set corpus.vocab_size to at most {int(most[1]) + SENTINELS} "
+            "or read more documents"
+        )
+    if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
+        return f"the corpus has more characters than a vocabulary of {vocab_size} holds: set corpus.vocab_size above {int(least[1]) + SENTINELS}"
+    return f"the tokenizer cannot be trained ({(message.strip().splitlines() or ['no reason given'])[-1]}): read more documents"
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train on documents and write `spiece.model` and the files of a `transformers` T5 tokenizer into `folder`.
+
+    Returns:
+        The tokenizer as loaded back: pad 0, eos 1, unk 2, `<extra_id_0>` the last id and `<extra_id_99>` the 100th last.
+    """
+    train_sentencepiece(texts, folder / MODEL_FILE, vocab_size)
+    T5Tokenizer.from_pretrained(folder, extra_ids=SENTINELS).save_pretrained(folder)
+    # `transformers` puts special tokens among the pieces with the best score of all, 0. There, text that spells one
+    # would become it even when the special token itself is not looked for.
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    special = {token["content"] for token in content["added_tokens"]}
+    content["model"]["vocab"] = [[piece, SPECIAL_SCORE if piece in special else score] for piece, score in content["model"]["vocab"]]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) != vocab_size:
+        raise TokenizerError(f"{folder}: the tokenizer has {len(tokenizer)} ids instead of {vocab_size}: update transformers")
+    return tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The `transformers` tokenizer of a folder, without asking the Hub."""
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def load_sentencepiece(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model of a folder: the same ids, faster in bulk, and no special tokens in text."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / MODEL_FILE))
+
+
+def copy_sentencepiece(source: str | Path, target: Path) -> None:
+    """Put the `.model` beside a tokenizer that `save_pretrained` wrote without it."""
+    shutil.copyfile(Path(source) / MODEL_FILE, target / MODEL_FILE)
+
+
+def escape_special_tokens(text: str) -> str:
+    """Keep text that spells `<extra_id_0>`, `<pad>`, `</s>` or `<unk>` from becoming that token.
+
+    A control character goes in behind the `<`; the tokenizer's normalisation removes it again, so the ids are those
+    that SentencePiece gives the text as it was.
+    """
+    return SPECIAL_TOKEN.sub("<\x01", text) if "<" in text else text
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_eos: bool = False) -> list[list[int]]:
+    """Ids of texts (never padded or cut); no text becomes a special token.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        texts: raw or cleaned.
+        add_eos: end each with id 1.
+    """
+    if not len(texts):
+        return []
+    escaped = [escape_special_tokens(text) for text in texts]
+    return tokenizer(escaped, add_special_tokens=add_eos, return_attention_mask=False, verbose=False).input_ids
+
+
+class TokenizedDocuments:
+    """Token ids of many documents in one flat array: `documents[i]` is a view, nothing is copied.
+
+    Args:
+        tokens: uint16 (tokens in all,), without end-of-sequence ids.
+        offsets: int64 (documents + 1,); document i is `tokens[offsets[i] : offsets[i + 1]]`.
+    """
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        self.tokens, self.offsets = tokens, offsets
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str) -> "TokenizedDocuments":
+        """Memory-map `<split>_tokens.npy` and read `<split>_offsets.npy`."""
+        folder = Path(folder)
+        tokens = np.load(folder / f"{split}_tokens.npy", mmap_mode="r", allow_pickle=False)
+        return cls(tokens, np.load(folder / f"{split}_offsets.npy", allow_pickle=False))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        index %= len(self)
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]  # uint16 (length,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 (documents,)."""
+        return np.diff(self.offsets)
