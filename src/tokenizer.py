@@ -89,7 +89,8 @@ def training_failure(message: str, vocab_size: int) -> str:
             "or read more documents"
         )
     if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
-        return f"the corpus has more characters than a vocabulary of {vocab_size} holds: set corpus.vocab_size above {int(least[1]) + SENTINELS}"
+        cure = f"set corpus.vocab_size above {int(least[1]) + SENTINELS}"
+        return f"the corpus has more characters than a vocabulary of {vocab_size} holds: {cure}"
     return f"the tokenizer cannot be trained ({(message.strip().splitlines() or ['no reason given'])[-1]}): read more documents"
 
 
