@@ -30,6 +30,12 @@ class T5PreTrainedModel(PreTrainedModel):
     # An early release of the original checkpoints carried this unused table.
     _keys_to_ignore_on_load_unexpected = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, as for stock's own models: in custom code transformers skips every module that has no parameter of its own, so
+        attention, feed-forward, head and shared embedding would silently keep PyTorch's default initialisation."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """T5's factors: each weight keeps the variance of its input, and q also takes up the missing 1/sqrt(d_kv)."""
@@ -47,6 +53,10 @@ class T5PreTrainedModel(PreTrainedModel):
             for name, projection in module.named_children():
                 if isinstance(projection, nn.Linear):
                     init.normal_(projection.weight, std=factor * (self.config.d_ff if name == "wo" else d_model) ** -0.5)
+        elif hasattr(module, "out_proj"):  # the classification head, which no pre-trained checkpoint holds
+            for projection in (module.dense, module.out_proj):
+                init.normal_(projection.weight, std=factor * d_model**-0.5)
+                init.zeros_(projection.bias)
         elif hasattr(module, "shared"):
             init.normal_(module.shared.weight, std=factor)
             if hasattr(module, "lm_head") and not self.config.tie_word_embeddings:
