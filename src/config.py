@@ -143,6 +143,10 @@ class FinetuningSettings(TrainingSettings):
     """Stages 4 and 5: one loop, full weights or adapters (LoRA 2106.09685, QLoRA 2305.14314)."""
 
     method: str = "qlora"  # "full", "lora", "qlora"
+    optimizer: str = "adamw"  # adapters start at zero: a step relative to their size would not move them
+    full_optimizer: str = "adamw_rms_scaled"  # of method full, and of the control from random initialisation
+    full_learning_rate: float = 1e-2
+    dropout_rate: float = 0.1
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
@@ -155,7 +159,14 @@ class FinetuningSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
+        require(self.full_learning_rate > 0, "full_learning_rate must be positive")
+        require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")
         require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")
+
+    def with_method(self, method: str) -> "FinetuningSettings":
+        """The same run by another method, with the optimizer that suits it."""
+        changes = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate} if method == "full" else {}
+        return replace(self, method=method, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
