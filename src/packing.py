@@ -142,7 +142,7 @@ def fill_row(
     """
     input_ids, encoder_segment_ids = _lay_out([inputs for inputs, _ in examples], row_inputs, pad_id)
     labels, decoder_segment_ids = _lay_out([targets for _, targets in examples], row_targets, IGNORED)
-    shifted = [np.concatenate(([decoder_start_id], targets[:-1])) for _, targets in examples]
+    shifted = [np.concatenate(([decoder_start_id], targets))[: len(targets)] for _, targets in examples]  # no target, no start
     decoder_input_ids, _ = _lay_out(shifted, row_targets, pad_id)
     return {
         "input_ids": input_ids,
