@@ -17,7 +17,7 @@ from src.file_formats import Row, SourceError
 from src.labels import label_id, parse_label_map
 from src.source_locations import KnownSource, Source, check_columns, open_source
 
-__all__ = ["Article", "SourceError", "describe_source", "read_articles", "read_labelled"]
+__all__ = ["Article", "SourceError", "count_articles", "describe_source", "read_articles", "read_labelled"]
 
 # Headlines are kept in front of their article: sentences that are classified later are often headlines.
 TEXT_COLUMNS = ("Headline+Article", "Article", "article", "text", "Text", "sentence", "Sentence", "content", "body", "headline", "title")
@@ -96,6 +96,12 @@ def read_articles(path: str | Path, text_column: str | None = None, max_document
     columns = choose_column(source, text_column, [*known, *TEXT_COLUMNS, *source.columns()[: len(source.columns()) == 1]], "CORPUS_COLUMN")
     for index, where, row, values in selected_rows(source, columns, max_documents):
         yield Article(index, text_of(where, row, values, columns))
+
+
+def count_articles(path: str | Path, max_documents: int | None = None) -> int:
+    """How many articles `read_articles` will give; a csv, jsonl or txt source is read through for it."""
+    total = open_source(str(path), labelled=False).count()
+    return total if max_documents is None else min(total, max_documents)
 
 
 def read_labelled(
