@@ -192,7 +192,7 @@ PROFILES = {
     # Finishes on two CPU cores within minutes: it shows the way, not the quality.
     "sample": Settings(
         profile="sample",
-        corpus=CorpusSettings(path="sample", min_words=5, vocab_size=2_000, validation_fraction=0.05),
+        corpus=CorpusSettings(path="sample", min_words=5, vocab_size=1_200, validation_fraction=0.05),
         labelled=LabelledSettings(path="sample"),
         model=ModelSettings(d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2),
         pretraining=PretrainingSettings(
