@@ -5,8 +5,8 @@ and the cross-validated comparison call the same functions, so a figure in one c
 """
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5Config
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
+from transformers.utils import logging as transformers_logging
 
 from src import qlora
 from src.collators import ClassificationBatches, TextToTextBatches
@@ -23,6 +24,7 @@ from src.evaluation import evaluate_predictions, predictions_frame
 from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods, precision_dtype
 from src.labels import LABELS
 from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
+from src.tokenizer import load_tokenizer
 from src.training import train
 
 TASKS = ("classification", "text_to_text")
@@ -61,14 +63,30 @@ def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init
     if not (folder / "config.json").is_file():
         raise FinetuningError(f"{folder} holds no config.json: it is not a checkpoint, run pretrain_t5_small.ipynb")
     config = T5Config.from_pretrained(folder)
-    config.dropout_rate = 0.0 if settings.method != "full" else config.dropout_rate
+    config.dropout_rate = config.classifier_dropout = settings.dropout_rate
     model_class = T5ForConditionalGeneration
     if task == "classification":
         model_class = T5ForSentimentClassification
         config.update({"num_labels": len(LABELS), "pooling": settings.pooling})
         config.id2label, config.label2id = dict(enumerate(LABELS)), {label: index for index, label in enumerate(LABELS)}
     torch.manual_seed(settings.seed)
-    return model_class(config) if random_init else model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    if random_init:
+        return model_class(config)
+    with quiet_loading():
+        return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' report that the head is new, which it is meant to be, and its progress bar."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
 
 
 def prepare_model(task: str, folder: Path, settings: FinetuningSettings, random_init: bool = False) -> torch.nn.Module:
@@ -136,8 +154,8 @@ def finetune(
         name: of the model, in predictions and tables.
         fold: written into the predictions.
     """
-    started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    settings = settings.with_method(settings.method)
+    tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
     table = qlora.parameter_table(model)
 
@@ -156,7 +174,7 @@ def finetune(
         run_inputs=run_inputs,
     )
     costs = {"parameters": table["parameters"].sum() / 1e6, "trainable": table["trainable"].sum() / 1e6}
-    costs |= {"seconds": time.perf_counter() - started, "mebibytes": float(table["mebibytes"].sum())}
+    costs |= {"seconds": result.state.seconds, "mebibytes": float(table["mebibytes"].sum())}
     predictions = [predict_rows(task, model, tokenizer, splits[key], settings, name=name, fold=fold) for key in ("validation", "test")]
     generated = predict_by_generation(model, tokenizer, splits["test"], settings, predictions[1]) if task == "text_to_text" else None
     return FineTuned(name, task, model, tokenizer, result.log, *predictions, generated, costs)
@@ -202,7 +220,7 @@ def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings
         dtype = precision_dtype(settings)
         base = base.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         model = qlora.load_adapter(base, folder, base_folder, dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(folder), about
+    return model.eval(), load_tokenizer(folder), about
 
 
 def load_full(task: str, folder: Path) -> PreTrainedModel:

@@ -8,6 +8,7 @@ what is saved is the optimizer's state and the size of what is stored per task.
 import importlib.util
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -133,7 +134,9 @@ def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftMo
         modules_to_save=head_names(model) or None,
         bias="none",
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small and updated in small steps: 16 bit would lose the steps

@@ -1,0 +1,191 @@
+"""The cross-validated comparison of models: `python -m src.pipeline compare --labelled <path> --folds 10`.
+
+Every model sees the same grouped, stratified folds; scores are taken over all folds together, so each text counts once. Several seeds
+are averaged in probability (one model made of several) and each is also listed alone. With `--validation` a published split is
+judged instead of folds; with `--fractions` the label-efficiency curve is drawn as well.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from src.artifacts import open_artifact
+from src.config import PROFILES, Settings, artifacts_folder, settings_for
+from src.cross_validation import BASELINES, CONTESTANTS, ComparisonError, Finished, Job, Runner, comparison_key, folds_of, labelled_rows
+from src.display.evaluation import intervals_figure, label_efficiency_figure
+from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
+from src.qlora import base_digest
+from src.sources import describe_source
+from src.verified_folders import canonical_json
+
+DEFAULT_MODELS = "majority,word_list,tfidf_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
+CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
+REFERENCES = ("tfidf_svm", "random_init")  # what every pre-trained model is compared with
+
+Split = tuple[int, pd.DataFrame, pd.DataFrame]  # fold, rest, test
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--labelled", required=True, help="labelled sentences: sample, hub, a Hub id, or a local file or folder")
+    parser.add_argument("--validation", help="a published validation split, judged in place of folds")
+    parser.add_argument("--text-column")
+    parser.add_argument("--label-column")
+    parser.add_argument("--label-map", help="meaning of the labels, e.g. 0=bearish,1=bullish,2=neutral")
+    parser.add_argument("--profile", default="mini", choices=sorted(PROFILES))
+    parser.add_argument("--base", type=Path, help="a T5 checkpoint with its tokenizer, in place of the profile's `pretrained` artifact")
+    parser.add_argument("--folds", type=int, default=10)
+    parser.add_argument("--only-folds", type=int, help="run the first few folds only, for a look")
+    parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}")
+    parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
+    parser.add_argument("--output", type=Path, help="JSON file to write; pictures go beside it")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the comparison, write its JSON and pictures, print the table; returns what the JSON holds."""
+    models = arguments.models.split(",")
+    unknown = [model for model in models if model not in BASELINES and model not in CONTESTANTS]
+    if unknown:
+        raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
+    settings = settings_of(arguments)
+    splits = list(splits_of(arguments, settings))
+    data = hashlib.sha256(canonical_json([[rest["text_id"].tolist(), test["text_id"].tolist()] for _, rest, test in splits])).hexdigest()
+    base = arguments.base or open_artifact(settings, "pretrained").path
+    folder = artifacts_folder(settings.profile) / "comparison"
+    tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
+    runner = Runner(folder, base, tasks, data, arguments.split_seed)
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    finished = {model: run_jobs(runner, model, splits, seeds) for model in models}
+    report = report_of(finished, splits)
+    if arguments.fractions:
+        report["fractions"] = label_efficiency(runner, models, splits, seeds, [float(part) for part in arguments.fractions.split(",")])
+    report |= {"rows": sum(len(test) for _, _, test in splits), "folds": len(splits), "seeds": seeds, "seed": arguments.split_seed}
+    report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data, "command": command_line()}
+    sources = [*describe_source(arguments.labelled), *(describe_source(arguments.validation) if arguments.validation else [])]
+    report |= {"data_sha256": hashlib.sha256("".join(str(source["sha256"]) for source in sources).encode()).hexdigest(), "sources": sources}
+    write_report(report, arguments.output)
+    return report
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    overrides: dict[str, Any] = {}
+    for option in ("text_column", "label_column", "label_map"):
+        if value := getattr(arguments, option):
+            overrides[f"labelled.{option}"] = value
+    for pair in arguments.set:
+        key, _, value = pair.partition("=")
+        try:
+            overrides[key] = json.loads(value)
+        except ValueError:
+            overrides[key] = value
+    return settings_for(arguments.profile, overrides)
+
+
+def command_line() -> str:
+    return "python -m src.pipeline " + shlex.join(sys.argv[1:])
+
+
+def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:
+    """The folds, or the published split as the only one, its texts that also stand in the training rows marked `overlap`."""
+    if not arguments.validation:
+        rows = labelled_rows(arguments.labelled, settings.labelled)
+        for fold, (rest, test) in enumerate(folds_of(rows, arguments.folds, arguments.split_seed)):
+            if arguments.only_folds is None or fold < arguments.only_folds:
+                yield fold, rest, test.assign(overlap=False)
+        return
+    train = labelled_rows(arguments.labelled, settings.labelled)
+    test = labelled_rows(arguments.validation, settings.labelled, published=True)
+    yield 0, train, test.assign(overlap=test["text"].map(comparison_key).isin(set(train["text"].map(comparison_key))))
+
+
+def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], fraction: float = 1.0) -> list[Finished]:
+    """All jobs of one model; one line is printed for each fold and seed."""
+    done = []
+    for seed in seeds if model in CONTESTANTS else seeds[:1]:
+        for fold, rest, test in splits:
+            result = runner.run(Job(model, fold, seed, fraction), rest, test)
+            right = float((result.test["prediction"] == result.test["label"]).mean())
+            part = "" if fraction == 1 else f", {fraction:.0%} of the labels"
+            print(f"{model}: fold {fold + 1}/{len(splits)}, seed {seed}{part}: accuracy {right:.3f}", flush=True)
+            done.append(result)
+    return done
+
+
+def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Predictions of several seeds on the same rows as one: probabilities averaged, the most probable label chosen."""
+    together = pd.concat(frames, ignore_index=True)
+    if not together.duplicated(["text_id", "fold"]).any():
+        return together  # one seed: its own predictions, which a baseline may take elsewhere than from the probabilities
+    mean = together.groupby(["fold", "text_id"], sort=False)[list(PROBABILITY_COLUMNS)].mean().reset_index()
+    kept = together.drop_duplicates(["fold", "text_id"])[["text_id", "label", "fold", "model"]].merge(mean, on=["fold", "text_id"])
+    return kept.assign(prediction=kept[list(PROBABILITY_COLUMNS)].to_numpy().argmax(1))
+
+
+def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split]) -> dict[str, Any]:
+    """Scores of every model and the paired comparisons that matter."""
+    predictions = {model: pooled([result.test for result in results]) for model, results in finished.items()}
+    overlap = {text_id for _, _, test in splits for text_id in test.loc[test["overlap"], "text_id"]}
+    models = []
+    for model, results in finished.items():
+        validation = [result.validation for result in results if result.validation is not None and result.job.seed == results[0].job.seed]
+        entry = {"name": model, **evaluate_predictions(predictions[model], pd.concat(validation) if validation else None)}
+        entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
+        entry["runs"] = runs_of(results)
+        if overlap:
+            rest = evaluate_predictions(predictions[model][~predictions[model]["text_id"].isin(overlap)])
+            entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
+        models.append(entry)
+    pairs = [
+        (model, other) for model in predictions for other in REFERENCES if model in CONTESTANTS and other in predictions and model != other
+    ]
+    return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}
+
+
+def runs_of(results: Sequence[Finished]) -> list[dict[str, Any]]:
+    """Accuracy and macro-F1 of each seed alone."""
+    runs = []
+    for seed in sorted({result.job.seed for result in results}):
+        scores = evaluate_predictions(pd.concat([result.test for result in results if result.job.seed == seed]), resamples=1)
+        runs.append({"seed": seed, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
+    return runs
+
+
+def label_efficiency(
+    runner: Runner, models: Sequence[str], splits: Sequence[Split], seeds: Sequence[int], fractions: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Macro-F1 with its interval for each share of the training labels: what pre-training saves in labels."""
+    curve = []
+    for fraction in sorted(fractions):
+        for model in (model for model in models if model in CURVE_MODELS):
+            scores = evaluate_predictions(pooled([result.test for result in run_jobs(runner, model, splits, seeds, fraction)]))
+            low, high = scores["macro_f1_ci95"]
+            curve.append({"fraction": fraction, "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
+            curve[-1] |= {"low": low, "high": high}
+    return curve
+
+
+def write_report(report: Mapping[str, Any], output: Path | None) -> None:
+    """The table on standard output; JSON and pictures where asked for."""
+    print(f"\n{'model':<28}{'accuracy':>9}{'macro-F1':>10}  95 % of macro-F1")
+    for model in sorted(report["models"], key=lambda model: -model["macro_f1"]):
+        low, high = model["macro_f1_ci95"]
+        print(f"{model['name']:<28}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}  {low:.3f} to {high:.3f}")
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    intervals_figure(report["models"]).savefig(output.with_suffix(".png"), dpi=120)
+    if report.get("fractions"):
+        figure = label_efficiency_figure(pd.DataFrame(report["fractions"]))
+        figure.savefig(output.with_name(output.stem + "_label_efficiency.png"), dpi=120)

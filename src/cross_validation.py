@@ -1,0 +1,202 @@
+"""Folds of labelled rows, and models run over them one job at a time: what `src.compare` is made of.
+
+A job is one model on one fold with one seed and one share of the labels. It is written whole when it is done and named by
+everything that shapes it, so an interrupted comparison goes on where it stopped and a model added later costs only its
+own jobs. The price is disk: a few hundred kilobytes of predictions a job.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from src import baselines
+from src.cleaning import clean_sentence
+from src.config import FinetuningSettings, LabelledSettings
+from src.deduplication import grouped_stratified_folds, grouped_stratified_split, near_duplicate_groups
+from src.finetuning import finetune
+from src.qlora import base_digest
+from src.sources import read_labelled
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
+
+VALIDATION_ROWS, VALIDATION_FRACTIONS = 60, (0.1, 0.3)  # of a fold's labels: chooses the weights and the temperature
+URL = re.compile(r"https?://\S+")
+
+
+class ComparisonError(ValueError):
+    """A comparison that cannot be made."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A fine-tuned model of the comparison."""
+
+    task: str
+    method: str
+    random_init: bool = False
+
+
+CONTESTANTS = {
+    "pretrained_head": Contestant("classification", "full"),
+    "pretrained_head_lora": Contestant("classification", "lora"),
+    "pretrained_head_qlora": Contestant("classification", "qlora"),
+    "random_init": Contestant("classification", "full", random_init=True),
+    "text_to_text": Contestant("text_to_text", "full"),
+    "text_to_text_lora": Contestant("text_to_text", "lora"),
+    "text_to_text_qlora": Contestant("text_to_text", "qlora"),
+    "text_to_text_random_init": Contestant("text_to_text", "full", random_init=True),
+}
+BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] = {
+    "majority": baselines.majority,
+    "word_list": lambda _, test, fold: baselines.word_list(test, fold),
+    "tfidf_svm": baselines.tfidf_svm,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one fold, with one seed and one share of the training labels."""
+
+    model: str
+    fold: int
+    seed: int
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a job left: predictions on the test rows and what they cost."""
+
+    job: Job
+    test: pd.DataFrame
+    validation: pd.DataFrame | None
+    costs: Mapping[str, float]
+
+
+def comparison_key(text: str) -> str:
+    """A text without links, case and spacing: equal keys are the same news."""
+    return " ".join(URL.sub(" ", text).lower().split())
+
+
+def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = False) -> pd.DataFrame:
+    """Cleaned labelled rows with `text_id`, `text`, `label`, `group` (near duplicates share one).
+
+    Args:
+        published: a published split is judged as it is: repeated and contradictory texts stay. Otherwise a repeated text
+            counts once and one with several labels is dropped.
+    """
+    frame = read_labelled(path, settings.text_column, settings.label_column, settings.label_map, settings.max_documents)
+    frame["text"] = [clean_sentence(text, settings.cleaning) for text in frame["text"]]
+    frame["key"] = [comparison_key(text) for text in frame["text"]]
+    frame = frame[frame["key"] != ""]
+    frame["text_id"] = [hashlib.sha256(key.encode()).hexdigest()[:16] for key in frame["key"]]
+    if published:
+        repeat = frame.groupby("text_id").cumcount()
+        frame["text_id"] += repeat.map(lambda number: f"-{number}" if number else "")
+    else:
+        frame = frame[frame.groupby("text_id")["label"].transform("nunique") == 1].drop_duplicates("text_id")
+    frame = frame.reset_index(drop=True)
+    return frame.assign(group=near_duplicate_groups(frame["text"], settings.near_duplicate_threshold))
+
+
+def folds_of(rows: pd.DataFrame, folds: int, seed: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """(rest, test) of each grouped, stratified fold.
+
+    Raises:
+        ComparisonError: a class has fewer texts than there are folds.
+    """
+    rarest = rows["label"].value_counts().min()
+    if folds < 2 or rarest < folds:
+        raise ComparisonError(
+            f"{folds} folds need a class of at least {max(folds, 2)} texts each, the rarest has {rarest}: set --folds lower"
+        )
+    fold_of = grouped_stratified_folds(rows["label"].to_numpy(), rows["group"].to_numpy(), folds, seed)
+    for fold in range(folds):
+        yield rows[fold_of != fold], rows[fold_of == fold]
+
+
+def part_of(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A grouped, stratified part of the rows, and the rest."""
+    if fraction >= 1:
+        return rows, rows.iloc[:0]
+    part = grouped_stratified_split(rows["label"].to_numpy(), rows["group"].to_numpy(), (fraction, 1 - fraction), seed)
+    return rows[part == 0], rows[part == 1]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs jobs and keeps what they leave in `folder`."""
+
+    folder: Path
+    base_folder: Path
+    settings: Mapping[str, FinetuningSettings]  # by task
+    data_digest: str
+    split_seed: int
+
+    def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
+        """The result of a job, from disk where it was done before."""
+        identity = self.identity(job)
+        name = hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
+        target = self.folder / f"{job.model}-{name}"
+        if (finished := read_finished(job, target)) is not None:
+            return finished
+        labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
+        finished = self.judge(job, labelled, test, self.folder / ".checkpoints")
+        with atomic_folder(target, identity) as folder:
+            finished.test.to_parquet(folder / "test.parquet")
+            if finished.validation is not None:
+                finished.validation.to_parquet(folder / "validation.parquet")
+            (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))
+        return finished
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        """Everything that shapes the result of a job."""
+        identity: dict[str, Any] = {"job": asdict(job), "data": self.data_digest, "split_seed": self.split_seed}
+        if job.model in CONTESTANTS:
+            settings = self.settings_of(job)
+            identity |= {"contestant": asdict(CONTESTANTS[job.model]), "settings": asdict(settings), "base": base_digest(self.base_folder)}
+        return identity
+
+    def settings_of(self, job: Job) -> FinetuningSettings:
+        contestant = CONTESTANTS[job.model]
+        return replace(self.settings[contestant.task].with_method(contestant.method), seed=job.seed)
+
+    def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
+        if job.model in BASELINES:
+            return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, {})
+        low, high = VALIDATION_FRACTIONS
+        fraction = min(high, max(low, VALIDATION_ROWS / len(labelled)))
+        validation, train = part_of(labelled, fraction, self.split_seed + job.fold)
+        contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
+        splits = {"train": train, "validation": validation, "test": test}
+        tuned = finetune(
+            contestant.task,
+            self.base_folder,
+            splits,
+            settings,
+            checkpoints,
+            name=job.model,
+            random_init=contestant.random_init,
+            fold=job.fold,
+        )
+        return Finished(job, tuned.test, tuned.validation.assign(fold=job.fold), tuned.costs)
+
+
+def read_finished(job: Job, folder: Path) -> Finished | None:
+    """What an earlier run of the job left, or None; a damaged folder counts as none."""
+    try:
+        verify_folder(folder)
+    except ArtifactError:
+        return None
+    validation = folder / "validation.parquet"
+    return Finished(
+        job,
+        pd.read_parquet(folder / "test.parquet"),
+        pd.read_parquet(validation) if validation.exists() else None,
+        json.loads((folder / "costs.json").read_text()),
+    )
