@@ -9,32 +9,14 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from src.display.style import ACCENT, INK, LEFT, MUTED, finished, plain_axes
 from src.evaluation import PROBABILITY_COLUMNS, reliability_bins, scale_temperature
 from src.labels import LABELS
 
-INK, ACCENT, MUTED, GRID = "#22303c", "#c2410c", "#8a97a3", "#e3e7eb"
 BASELINES = ("majority", "word_list", "tfidf_svm")
-
-
-def plain_axes(axes: Axes) -> Axes:
-    """A quiet frame: no box, a light grid."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def finished(figure: Figure) -> Figure:
-    """Close the figure for pyplot, so that a notebook shows it once: as the value of its cell."""
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
 
 
 def colour_of(model: str) -> str:
@@ -161,7 +143,8 @@ def length_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def errors_table(errors: pd.DataFrame) -> Styler:
     """The most confident mistakes of a model, text in full."""
     wrap = {"white-space": "normal", "text-align": "left", "max-width": "46em"}
-    return errors.style.format({"confidence": "{:.2f}"}).set_properties(subset=["text"], **wrap).hide(axis="index")
+    style = errors.style.format({"confidence": "{:.2f}"}, escape="html").hide(axis="index")
+    return style.set_properties(subset=["text"], **wrap).set_table_styles(LEFT)
 
 
 def parameter_styler(table: pd.DataFrame) -> Styler:
@@ -170,6 +153,22 @@ def parameter_styler(table: pd.DataFrame) -> Styler:
     frame = pd.concat([table, whole], ignore_index=True).astype({"parameters": int, "trainable": int})
     formats = {"parameters": "{:,}", "trainable": "{:,}", "mebibytes": "{:.3f}"}
     return frame.style.format(formats).hide(axis="index")
+
+
+def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Training loss, validation loss and validation macro-F1 of several runs over their steps; `logs` by model."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3))
+    for model, log in logs.items():
+        records = pd.DataFrame(log).set_index("step")
+        for axes, column in zip(panels, ("loss", "validation_loss", "macro_f1"), strict=True):
+            values = records[column].dropna()
+            values = values.ewm(span=max(2, len(values) // 20)).mean() if column == "loss" else values
+            axes.plot(values.index, values, color=colour_of(model), marker="o" if column != "loss" else "", markersize=3, label=model)
+    for axes, title in zip(panels, ("training loss", "validation loss", "validation macro-F1"), strict=True):
+        plain_axes(axes).set_title(title, fontsize=10, color=INK)
+        axes.set_xlabel("step")
+    panels[-1].legend(frameon=False, fontsize=9)
+    return finished(figure)
 
 
 def label_efficiency_figure(curve: pd.DataFrame) -> Figure:
