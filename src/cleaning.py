@@ -22,10 +22,10 @@ TRAILER_CHARACTERS = 2_500
 SUSPECT = re.compile(r"[^\t\n -~‘’“”–—…]|&#?[0-9A-Za-z]{1,24};")
 CURLY_QUOTES = str.maketrans("‘’“”", "''\"\"")
 
-AGENCY = r"(?:Reuters|Bloomberg|AFX|AFP|AP|ADP ?News|Dow Jones|Thomson Financial|Thomson Reuters)"
+AGENCY = r"(?:Reuters|Bloomberg|AFX|AFP|AP|ADP ?News|Dow Jones|Thomson Financial|Thomson Reuters|Synthetic News(?:wire)?)"
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}\.?"
 DATELINE = re.compile(
-    rf"^(?:[^\n]{{0,120}}?\(\s?{AGENCY}[^()\n]{{0,40}}\)?\s*[-–—]+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
+    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}[^()\n]{{0,40}}\)?\s*[-–—]+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
     rf"|(?:[A-Z][A-Z /.'-]+(?:, [A-Z][A-Za-z. ]+)?\s+)?\({AGENCY}\)\.?\s+"  # LONDON (Reuters) without a hyphen
     rf"|[A-Z][A-Z .'/-]+(?:, [A-Z][A-Za-z. ]+)?, {MONTH} \d\d? ?[-–—]+ "  # WASHINGTON, Sept 12 -
     rf"|ADPnews - {MONTH} \d\d? ?, \d{{4}} - )",
@@ -203,3 +203,13 @@ def steps(text: str, preset: str = "default", kind: str = "article") -> list[tup
             changes.append((rule, text, after))
         text = after
     return changes
+
+
+def example_of_each_rule(texts: Iterable[str], preset: str = "default", kind: str = "article") -> dict[str, tuple[str, str]]:
+    """The shortest text, before and after, that each rule changes; rules that change none are absent."""
+    examples: dict[str, tuple[str, str]] = {}
+    for text in texts:
+        for rule, before, after in steps(text, preset, kind):
+            if rule.name not in examples or len(before) < len(examples[rule.name][0]):
+                examples[rule.name] = (before, after)
+    return {name: examples[name] for name in PRESETS[preset][kind] if name in examples}

@@ -108,20 +108,21 @@ def thousands(value: float, _: int = 0) -> str:
 
 
 def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str = "tokens", title: str = "", mark: int | None = None) -> Figure:
-    """Histogram of text lengths on a logarithmic axis, one outline for each name; `mark` draws a line, e.g. at the row length."""
+    """Shares of text lengths on a logarithmic axis, one outline for each name; `mark` draws a line, e.g. at the row length."""
     figure, axes = plt.subplots(figsize=(7.5, 2.8))
-    longest = max((max(values, default=1) for values in lengths.values()), default=1)
-    edges = np.unique(np.geomspace(1, max(longest, 2) + 1, 41).round())
+    everything = np.maximum(np.concatenate([np.asarray(values, np.int64) for values in lengths.values()] or [[1]]), 1)
+    edges = np.unique(np.geomspace(everything.min(), everything.max() + 1, 41).round())
     for (name, values), colour in zip(lengths.items(), (INK, ACCENT, MUTED), strict=False):
         values = np.maximum(np.asarray(values), 1)
-        label = f"{name}: {len(values):,}, median {np.median(values):,.0f}"
-        axes.hist(values, edges, histtype="stepfilled", alpha=0.25, color=colour)
-        axes.hist(values, edges, histtype="step", color=colour, linewidth=1.4, label=label)
+        weights = np.full(len(values), 100 / max(len(values), 1))
+        label = f"{name}: {len(values):,}, median {np.median(values):,.0f}" if len(values) else f"{name}: none"
+        axes.hist(values, edges, weights=weights, histtype="stepfilled", alpha=0.15, color=colour)
+        axes.hist(values, edges, weights=weights, histtype="step", color=colour, linewidth=1.4, label=label)
     if mark:
         axes.axvline(mark, color=ACCENT, linestyle="--", linewidth=1, label=f"{mark:,} {unit}")
-    axes.set(xscale="log", xlabel=unit, ylabel="texts", title=title)
+    axes.set(xscale="log", xlabel=unit, ylabel="% of texts", title=title)
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.xaxis.set_minor_formatter("")
     plain_axes(axes).legend(frameon=False, fontsize=9)
     return finished(figure)
 
