@@ -11,7 +11,7 @@ from typing import Any
 
 from src.file_formats import BATCH_ROWS, Row, SourceError
 
-HUB_SECONDS = 8.0
+HUB_SECONDS = 6.0
 OFFLINE_CURE = "use CORPUS=sample and LABELLED=sample, or the path of a local file or folder"
 
 

@@ -15,7 +15,7 @@ TRICKY = "aé€’“”‘–—…â€™ÃœÂ©\u00a0\x85\x9d&amp;&#39;&lt
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.sampled_from(list(TRICKY) + ["&amp;", "&#8217;", "â€œ", "Ã©", "\n", "plain text "]), max_size=12).map("".join))
+@given(st.lists(st.sampled_from([*TRICKY, "&amp;", "&#8217;", "â€œ", "Ã©", "\n", "plain text "]), max_size=12).map("".join))
 def test_the_shortcut_gives_what_ftfy_gives(text):
     """Breaks when plain or typeset English, or a line beside a broken one, is treated otherwise than ftfy would."""
     assert repair_characters(text) == ftfy.fix_text(text)
