@@ -25,6 +25,7 @@ from src.span_corruption import (
     noise_mask,
     window_length,
 )
+from src.tokenizer import encode_texts
 
 Pair = tuple[np.ndarray, np.ndarray]  # input ids and target ids, eos included
 Batch = dict[str, torch.Tensor]
@@ -248,10 +249,12 @@ def sentinel_range(tokenizer: Any) -> tuple[int, int]:
 
 
 def encode(texts: Sequence[str], tokenizer: Any, longest: int | None = None) -> list[np.ndarray]:
-    """Token ids of each text with eos, int64; with `longest`, a longer text loses its end."""
+    """Token ids of each text with eos, int64; with `longest`, a longer text loses its end but not its eos."""
     if not len(texts):
         raise PackingError("there are no texts to pack: the dataset is empty")
-    encoded = tokenizer(list(texts), truncation=longest is not None, max_length=longest)["input_ids"]
+    encoded = encode_texts(tokenizer, texts, add_eos=True)
+    if longest is not None:
+        encoded = [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in encoded]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
 

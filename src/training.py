@@ -60,6 +60,7 @@ class TrainingResult:
     finished: bool
     folder: Path
     state: TrainingState = field(repr=False)
+    steps_in_epoch: int = 0
 
 
 def train(
@@ -297,7 +298,7 @@ class TrainingRun:
             self.save()
         best = self.checkpoints.load_best(self.bare_model)
         self.bare_model.eval()
-        return TrainingResult(self.bare_model, self.log, best, self.state.finished, self.checkpoints.folder, self.state)
+        return TrainingResult(self.bare_model, self.log, best, True, self.checkpoints.folder, self.state, self.steps_in_epoch)
 
     def show_progress(self) -> TrainingBar:
         return TrainingBar(self.progress(), disable=not self.accelerator.is_main_process or self.state.finished)

@@ -5,7 +5,7 @@ from typing import Any
 
 from src.progress import progress_bar
 
-FORMAT = "{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining} {postfix}"
+FORMAT = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
 
 
 class TrainingBar:

@@ -1,0 +1,212 @@
+"""Tables and pictures of stage 3: packed rows, span corruption, curves, spans filled in, position biases.
+
+Functions take arrays, logs and models and hand back HTML or a matplotlib figure; they compute nothing that is not shown.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import HTML, DisplayHandle
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+from torch import nn
+
+from src.attention import relative_position_bucket
+from src.display.evaluation import ACCENT, GRID, INK, MUTED, finished, plain_axes
+from src.packing import IGNORED
+
+EXAMPLE_COLOURS = ("#fde68a", "#bfdbfe", "#bbf7d0", "#fecaca", "#ddd6fe", "#fed7aa", "#a5f3fc", "#e5e7eb")
+BOX = "font-family:monospace;font-size:12px;line-height:1.7;color:#22303c;background:#ffffff;padding:8px;overflow-wrap:anywhere"
+
+
+def token_spans(pieces: Sequence[str], colours: Sequence[str | None]) -> str:
+    """Pieces as HTML, each on its colour; SentencePiece's word mark is shown as a space."""
+    spans = []
+    for piece, colour in zip(pieces, colours, strict=True):
+        style = f"background:{colour};border-radius:2px;padding:1px 0" if colour else ""
+        spans.append(f'<span style="{style}">{html.escape(piece.replace("▁", " "))}</span>')
+    return "".join(spans)
+
+
+def packed_row(batch: Mapping[str, torch.Tensor], tokenizer: Any, row: int = 0, inputs_shown: int = 512) -> HTML:
+    """One row of a batch, coloured by example: what the encoder reads above, what the decoder is to write below."""
+    parts = []
+    for title, ids_key, segments_key in (("encoder", "input_ids", "encoder_segment_ids"), ("decoder", "labels", "decoder_segment_ids")):
+        ids, segments = batch[ids_key][row][:inputs_shown].tolist(), batch[segments_key][row][:inputs_shown].tolist()
+        pieces = tokenizer.convert_ids_to_tokens([tokenizer.pad_token_id if token == IGNORED else token for token in ids])
+        colours = [EXAMPLE_COLOURS[(segment - 1) % len(EXAMPLE_COLOURS)] if segment else None for segment in segments]
+        used = sum(segment > 0 for segment in batch[segments_key][row].tolist())
+        heading = f"<b>{title}</b>: {max(segments)} example(s), {used} of {batch[segments_key].shape[1]} positions used"
+        parts.append(f"<div>{heading}<br>{token_spans(pieces, colours)}</div>")
+    return HTML(f'<div style="{BOX}">{"<br>".join(parts)}</div>')
+
+
+def corrupted_example(token_ids: np.ndarray, mask: np.ndarray, inputs: np.ndarray, targets: np.ndarray, tokenizer: Any) -> HTML:
+    """A text with its masked spans marked, beside the inputs and targets made from it."""
+    spans = np.cumsum(mask & ~np.concatenate(([False], mask[:-1])))  # number of the span a masked token belongs to
+    columns = [("text, masked spans marked", token_ids, np.where(mask, spans, 0))]
+    for title, ids in (("inputs", inputs), ("targets", targets)):
+        is_sentinel = np.isin(ids, tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)]))
+        number = np.cumsum(is_sentinel)
+        columns.append((title, ids, np.where(is_sentinel | (title == "targets"), number, 0)))
+    cells = []
+    for title, ids, numbers in columns:
+        colours = [EXAMPLE_COLOURS[(number - 1) % len(EXAMPLE_COLOURS)] if number else None for number in numbers.tolist()]
+        body = token_spans(tokenizer.convert_ids_to_tokens(ids.tolist()), colours)
+        cells.append(f'<td style="vertical-align:top;text-align:left;width:33%"><b>{title}</b> ({len(ids)} tokens)<br>{body}</td>')
+    return HTML(f'<table style="{BOX};width:100%;table-layout:fixed"><tr>{"".join(cells)}</tr></table>')
+
+
+def packing_table(rows: Mapping[str, Mapping[str, float]]) -> Styler:
+    """Rows needed and share of real tokens, by way of making rows."""
+    frame = pd.DataFrame(rows).T.astype({"rows": int})
+    formats = {"rows": "{:,}", "encoder positions used": "{:.2%}", "decoder positions used": "{:.2%}"}
+    return frame.style.format(formats)
+
+
+def model_table(model: nn.Module) -> Styler:
+    """Parameters by part; shared weights are counted where they first stand."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        stack, _, rest = name.partition(".")
+        part = "embedding (shared)" if stack == "shared" else "norms and position biases" if parameter.ndim < 2 or "bias" in rest else stack
+        if part in ("encoder", "decoder"):
+            part += (
+                ", feed-forward" if "DenseReluDense" in name else ", cross-attention" if "EncDecAttention" in name else ", self-attention"
+            )
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    counts["all"] = sum(counts.values())
+    frame = pd.DataFrame({"parameters": counts})
+    frame["share"] = frame["parameters"] / counts["all"]
+    return frame.style.format({"parameters": "{:,}", "share": "{:.1%}"})
+
+
+def steps_and_evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The training log as two frames indexed by step: optimizer steps, and evaluations."""
+    steps = pd.DataFrame([record for record in log if "loss" in record]).set_index("step")
+    evaluations = [record for record in log if "loss" not in record]
+    return steps, pd.DataFrame(evaluations).set_index("step") if evaluations else pd.DataFrame()
+
+
+def smoothed(values: pd.Series) -> pd.Series:
+    return values.ewm(span=max(2, len(values) // 40)).mean()
+
+
+def loss_axes(axes: plt.Axes, log: Sequence[Mapping[str, Any]]) -> None:
+    steps, evaluations = steps_and_evaluations(log)
+    plain_axes(axes)
+    axes.plot(steps.index, steps["loss"], color=GRID, linewidth=1)
+    axes.plot(steps.index, smoothed(steps["loss"]), color=INK, linewidth=1.5, label="training")
+    names = {"validation_loss": "validation", "validation_loss_without_sentinels": "validation, sentinels left out"}
+    for (column, label), style in zip(names.items(), ("-", "--"), strict=True):
+        if column in evaluations:
+            axes.plot(evaluations.index, evaluations[column], style, color=ACCENT, marker="o", markersize=3, label=label)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.legend(frameon=False, fontsize=9)
+
+
+class LiveLossCurve:
+    """A loss curve that redraws itself in place in Jupyter after each evaluation: pass it as `on_evaluation`."""
+
+    def __init__(self) -> None:
+        self.handle: DisplayHandle | None = None
+
+    def __call__(self, log: Sequence[Mapping[str, Any]]) -> None:
+        figure, axes = plt.subplots(figsize=(7, 3))
+        loss_axes(axes, log)
+        figure = finished(figure)
+        if self.handle is None:
+            self.handle = DisplayHandle()
+            self.handle.display(figure)
+        else:
+            self.handle.update(figure)
+
+
+def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
+    """Losses, bits per word, gradient norm and learning rate over the run."""
+    steps, evaluations = steps_and_evaluations(log)
+    figure, panels = plt.subplots(2, 2, figsize=(10, 6))
+    loss_axes(panels[0, 0], log)
+    words = plain_axes(panels[0, 1])
+    if "validation_bits_per_word" in evaluations:
+        words.plot(evaluations.index, evaluations["validation_bits_per_word"], color=ACCENT, marker="o", markersize=3)
+    words.set(xlabel="step", ylabel="validation, bits per hidden word")
+    norms = plain_axes(panels[1, 0])
+    norms.plot(steps.index, steps["gradient_norm"], color=GRID, linewidth=1)
+    norms.plot(steps.index, smoothed(steps["gradient_norm"]), color=INK, linewidth=1.5)
+    norms.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+    rates = plain_axes(panels[1, 1])
+    rates.plot(steps.index, steps["learning_rate"], color=INK)
+    rates.set(xlabel="step", ylabel="learning rate")
+    return finished(figure)
+
+
+def spans_table(rows: Sequence[Mapping[str, str]]) -> Styler:
+    """Context, truth and the model's own writing, span by span; exact hits in bold."""
+    frame = pd.DataFrame(rows)
+    hits = frame["truth"].str.strip() == frame["written by the model"].str.strip()
+    style = frame.style.hide(axis="index").set_properties(**{"text-align": "left"})
+    return style.apply(lambda _: np.where(hits, f"font-weight:bold;color:{ACCENT}", ""), subset=["written by the model"])
+
+
+def position_biases(model: nn.Module, longest: int = 128) -> Figure:
+    """Learned relative position bias of each head over the distance from query to key, one picture for each stack."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 0.35 * model.config.num_heads + 1.8))
+    for axes, stack in zip(panels, ("encoder", "decoder"), strict=True):
+        attention = getattr(model, stack).block[0].layer[0].SelfAttention
+        distances = np.arange(-longest, longest + 1 if stack == "encoder" else 1)
+        shape = (model.config.relative_attention_num_buckets, model.config.relative_attention_max_distance)
+        buckets = relative_position_bucket(torch.from_numpy(distances), stack == "encoder", *shape)
+        bias = attention.relative_attention_bias.weight.detach().float().cpu()[buckets].T.numpy()  # (heads, distances)
+        limit = max(1e-6, np.abs(bias).max())
+        picture = axes.imshow(
+            bias, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, extent=(distances[0], distances[-1], len(bias), 0)
+        )
+        axes.set_title(f"{stack} self-attention", fontsize=10, color=INK)
+        axes.set(xlabel="key position minus query position", ylabel="head", yticks=np.arange(len(bias)) + 0.5)
+        axes.set_yticklabels(range(len(bias)))
+        axes.spines[:].set_visible(False)
+        figure.colorbar(picture, ax=axes, fraction=0.04, label="added to the score")
+    return finished(figure)
+
+
+def bucket_of(distances: torch.Tensor, bidirectional: bool, config: Any) -> torch.Tensor:
+    """T5's bucket of a relative position (key minus query), int64 like `distances`; arXiv 1910.10683, section 2.1."""
+    from src.attention import relative_position_bucket
+
+    return relative_position_bucket(distances, bidirectional, config.relative_attention_num_buckets, config.relative_attention_max_distance)
+
+
+def decoding_figure(rows: pd.DataFrame) -> Figure:
+    """Cache size and decoding speed by batch size for each kind of cache; columns kind, batch, mebibytes, tokens_per_second."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
+    kinds = list(dict.fromkeys(rows["kind"]))
+    colours = dict(zip(kinds, (MUTED, ACCENT, INK, "#0f766e"), strict=False))
+    for axes, column, label in zip(panels, ("mebibytes", "tokens_per_second"), ("cache, MiB", "tokens per second"), strict=True):
+        plain_axes(axes)
+        for kind, part in rows.groupby("kind", sort=False):
+            axes.plot(part["batch"], part[column], marker="o", color=colours[kind], label=kind)
+        axes.set(xlabel="batch size", ylabel=label, xscale="log", xticks=sorted(rows["batch"].unique()))
+        axes.set_xticks(sorted(rows["batch"].unique()), [str(batch) for batch in sorted(rows["batch"].unique())])
+        axes.set_ylim(0, None)
+    panels[0].legend(frameon=False, fontsize=9)
+    return finished(figure)
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Styler:
+    """Figures of a run, one a row."""
+    frame = pd.DataFrame({"": {name.replace("_", " "): f"{value:,}" for name, value in metrics.items()}})
+    return frame.style.set_properties(**{"text-align": "right"})
+
+
+def save_figures(folder: Path, **figures: Figure) -> None:
+    """Write figures as `figures/<name>.png`."""
+    (folder / "figures").mkdir()
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
