@@ -7,10 +7,11 @@ running a checkpoint, never another format.
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, T5Config
+from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
 from src.attention import SegmentError, segment_mask
+from src.slim_generation import SlimGenerationMixin
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
 
 IGNORED_LABEL = -100
@@ -48,7 +49,7 @@ def check_segments(segment_ids: Tensor | None, ids: Tensor | None, name: str) ->
         raise SegmentError(f"{name} is {tuple(segment_ids.shape)} for tokens {tuple(ids.shape)}: give one segment id per token")
 
 
-class T5ForConditionalGeneration(T5PreTrainedModel, GenerationMixin):
+class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
     """T5 with its language modelling head (arXiv 1910.10683); loads and saves stock checkpoints."""
 
     _tied_weights_keys = TIED_WEIGHTS
@@ -123,9 +124,6 @@ class T5ForConditionalGeneration(T5PreTrainedModel, GenerationMixin):
         logits = self.lm_head(states * self.logit_scale)  # (batch, target, vocab_size)
         loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args) -> None:
-        """Decode without a cache."""
 
     def _encode(self, input_ids, attention_mask, segment_ids, encoder_outputs) -> Tensor:
         if encoder_outputs is not None:

@@ -128,8 +128,10 @@ class T5Stack(T5PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(hidden_states)))
 
     def _bias(self, start: int, length: int, cache) -> Tensor:
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        return position_bias(table, start, length, start + length, not self.config.is_decoder, self.config.relative_attention_max_distance)
+        table, max_distance = self.block[0].layer[0].SelfAttention.relative_attention_bias, self.config.relative_attention_max_distance
+        if cache is not None:
+            return cache.position_bias(table, start, length, max_distance)
+        return position_bias(table, start, length, start + length, not self.config.is_decoder, max_distance)
 
     def _mask(self, start: int, length: int, attention_mask, segment_ids, device) -> Tensor | None:
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()

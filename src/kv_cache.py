@@ -1,0 +1,224 @@
+"""What decoding keeps between steps: standard K and V, slim K, slim X, and one encoder output for all layers.
+
+A kind is written `self+cross`. Self-attention stores `kv`, `k` (K-cache) or `x` (X-cache); cross-attention stores `kv` for each
+layer or `e`, the encoder output itself, once. `x+e` is the default: about 6x less memory than `kv` at source 512 and target 114
+for T5-small, exact in every precision. It does more arithmetic a step, so in float32, where the processor and not the memory is
+the limit, it is slower than `kv`; see benchmarks/decoding.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from src.attention import additive, plain_attention, position_bias, split_heads
+from src.slim_attention import StateWeights, attend_to_keys, attend_to_states
+
+SELF_KINDS, CROSS_KINDS = ("kv", "k", "x"), ("kv", "e")
+CACHE_KINDS = ("kv", "k", "x", "kv+e", "k+e", "x+e")
+DEFAULT_CACHE_KIND = "x+e"
+
+
+class CacheError(ValueError):
+    """A cache that does not exist or cannot be used this way."""
+
+
+def parse_cache_kind(kind: str) -> tuple[str, str]:
+    """`"x+e"` to ("x", "e"); one word leaves the cross-attention at `kv`."""
+    if kind not in CACHE_KINDS:
+        raise CacheError(f"cache_kind {kind!r} is unknown: choose one of {', '.join(CACHE_KINDS)}")
+    own, _, cross = kind.partition("+")
+    return own, cross or "kv"
+
+
+class Buffer:
+    """A tensor that grows along one axis, in place while its capacity lasts."""
+
+    def __init__(self, axis: int, capacity: int | None) -> None:
+        self.axis, self.capacity, self.length = axis, capacity, 0
+        self.data: Tensor | None = None
+
+    def append(self, states: Tensor) -> Tensor:
+        """Add `states` at the end of the axis; returns a view of all there is."""
+        end = self.length + states.shape[self.axis]
+        if self.data is None or end > self.data.shape[self.axis]:
+            self._reserve(states, end)
+        self.data.narrow(self.axis, self.length, end - self.length).copy_(states)
+        self.length = end
+        return self.view()
+
+    def _reserve(self, states: Tensor, needed: int) -> None:
+        room = self.capacity if self.capacity is not None and self.capacity >= needed else 2 * needed
+        shape = list(states.shape)
+        shape[self.axis] = room
+        data = states.new_empty(shape)
+        if self.length:
+            data.narrow(self.axis, 0, self.length).copy_(self.view())
+        self.data = data
+
+    def view(self) -> Tensor:
+        return self.data.narrow(self.axis, 0, self.length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in this order."""
+        kept = self.view().index_select(0, rows)
+        if kept.shape[0] == self.data.shape[0]:
+            self.view().copy_(kept)
+        else:
+            length, self.length, self.data = self.length, 0, None
+            self.capacity = max(self.capacity or length, length)
+            self.append(kept)
+
+
+class KeyValueLayer:
+    """Standard self-attention cache: K and V, (batch, heads, tokens, d_kv) each."""
+
+    def __init__(self, attention: nn.Module, capacity: int | None) -> None:
+        self.key, self.value = Buffer(2, capacity), Buffer(2, capacity)
+
+    def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        key = self.key.append(split_heads(attention.k(states), attention.num_heads))
+        value = self.value.append(split_heads(attention.v(states), attention.num_heads))
+        return plain_attention(query, key, value, bias, mask)
+
+    def buffers(self) -> list[Buffer]:
+        return [self.key, self.value]
+
+
+class KeyLayer:
+    """K-cache: K alone; `weight` is W_KV by head."""
+
+    def __init__(self, attention: nn.Module, capacity: int | None, weight: Tensor) -> None:
+        self.key, self.weight = Buffer(2, capacity), weight
+
+    def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        key = self.key.append(split_heads(attention.k(states), attention.num_heads))
+        return attend_to_keys(query, key, self.weight.to(query.dtype), masked(bias, mask, query.dtype))
+
+    def buffers(self) -> list[Buffer]:
+        return [self.key]
+
+
+class StateLayer:
+    """X-cache: the normed attention input, (batch, tokens, d_model)."""
+
+    def __init__(self, attention: nn.Module, capacity: int | None) -> None:
+        self.states, self.weights = Buffer(1, capacity), None
+
+    def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        self.weights = self.weights or StateWeights.of(attention, query.dtype)
+        return attend_to_states(query, self.states.append(states.to(query.dtype)), self.weights, masked(bias, mask, query.dtype))
+
+    def buffers(self) -> list[Buffer]:
+        return [self.states]
+
+
+class CrossKeyValueLayer(KeyValueLayer):
+    """Standard cross-attention cache: K and V of the encoder output, made once."""
+
+    def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.key.data is None:
+            self.key.capacity = self.value.capacity = states.shape[1]
+            return super().attend(attention, query, states, bias, mask)
+        return plain_attention(query, self.key.view(), self.value.view(), bias, mask)
+
+
+class SharedEncoderLayer:
+    """Cross-attention over the encoder output itself, which all layers share and none copies."""
+
+    def __init__(self, shared: "SharedEncoderOutput") -> None:
+        self.shared, self.weights = shared, None
+
+    def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        self.weights = self.weights or StateWeights.of(attention, query.dtype)
+        return attend_to_states(query, self.shared.get(states, query.dtype), self.weights, masked(bias, mask, query.dtype))
+
+    def buffers(self) -> list[Buffer]:
+        return []
+
+
+class SharedEncoderOutput:
+    """The one encoder output of a cache, in the dtype that attention computes in."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.data: Tensor | None = None
+
+    def get(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.source is not states:
+            self.source, self.data = states, states.to(dtype).contiguous()
+        return self.data
+
+
+def masked(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Learned bias and mask as one additive tensor."""
+    bias, mask = None if bias is None else bias.to(dtype), additive(mask, dtype)
+    return bias if mask is None else mask if bias is None else bias + mask
+
+
+class T5Cache(Cache):
+    """The caches of all decoder layers, in the shape that `generate` expects of `past_key_values`.
+
+    Args:
+        attentions: (self-attention, cross-attention) modules of each layer.
+        kind: one of `CACHE_KINDS`.
+        capacity: decoder tokens to make room for at once; None: grow by doubling.
+        key_weights: W_KV of each layer for `k`; None for a layer that shall use `x`.
+    """
+
+    def __init__(self, attentions: list[tuple], kind: str = DEFAULT_CACHE_KIND, capacity: int | None = None, key_weights=None) -> None:
+        own, cross = parse_cache_kind(kind)
+        self.kind, self.encoder_output = kind, SharedEncoderOutput()
+        if own == "k" and key_weights is None:
+            raise CacheError("the k cache needs W_KV of each layer: build it with model.new_cache, which calibrates")
+        layers = [self._own_layer(own, attention, capacity, index, key_weights) for index, (attention, _) in enumerate(attentions)]
+        self.cross_layers = [
+            CrossKeyValueLayer(attention, None) if cross == "kv" else SharedEncoderLayer(self.encoder_output) for _, attention in attentions
+        ]
+        self.capacity, self._by_distance = capacity or 0, None
+        super().__init__(layers=layers)
+
+    @staticmethod
+    def _own_layer(own: str, attention: nn.Module, capacity: int | None, index: int, key_weights):
+        if own == "kv":
+            return KeyValueLayer(attention, capacity)
+        if own == "k" and key_weights[index] is not None:
+            return KeyLayer(attention, capacity, key_weights[index])
+        return StateLayer(attention, capacity)
+
+    is_compileable = False
+
+    def of_layer(self, index: int) -> tuple:
+        """(self-attention, cross-attention) part of a layer."""
+        return self.layers[index], self.cross_layers[index]
+
+    def buffers(self) -> list[Buffer]:
+        return [buffer for layer in (*self.layers, *self.cross_layers) for buffer in layer.buffers()]
+
+    def num_bytes(self) -> int:
+        """Bytes that the cached tensors occupy, reserved room and the shared encoder output included."""
+        tensors = [buffer.data for buffer in self.buffers()] + [self.encoder_output.data]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].buffers()[0].length
+
+    def position_bias(self, table: nn.Embedding, start: int, length: int, max_distance: int) -> Tensor:
+        """The decoder's bias (1, heads, length, start + length); a step of one token reads a slice of what is kept for all."""
+        if length > 1:
+            return position_bias(table, start, length, start + length, False, max_distance)
+        if self._by_distance is None or self._by_distance.shape[-1] <= start:
+            room = max(self.capacity, 2 * (start + 1))
+            self._by_distance = position_bias(table, room - 1, 1, room, False, max_distance)
+        return self._by_distance[..., self._by_distance.shape[-1] - start - 1 :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search. The beams of one source share its encoder output, so cross-attention stays as it is."""
+        if not torch.equal(beam_idx.cpu(), torch.arange(len(beam_idx))):
+            for layer in self.layers:
+                for buffer in layer.buffers():
+                    buffer.select(beam_idx.to(buffer.data.device))
+
+    def reset(self) -> None:
+        for buffer in self.buffers():
+            buffer.length, buffer.data = 0, None
+        self.encoder_output.source = self.encoder_output.data = None
