@@ -22,7 +22,7 @@ from src.config import CorpusSettings
 from src.deduplication import near_duplicate_groups
 from src.progress import progress_bar
 from src.sources import count_articles, read_articles
-from src.tokenizer import THREADS, UNK_ID, TokenizedDocuments, load_sentencepiece
+from src.tokenizer import UNK_ID, TokenizedDocuments, encode_in_bulk, load_sentencepiece
 
 SPLITS = ("train", "validation")
 BATCH_DOCUMENTS = 512  # encoded and written at once
@@ -177,7 +177,7 @@ def write_pretraining_dataset(documents: Documents, tokenizer_folder: Path, fold
             numbers = kept[start : start + BATCH_DOCUMENTS]
             texts = [documents.texts[number] for number in numbers]
             splits = [SPLITS[documents.splits[number]] for number in numbers]
-            for split, ids in zip(splits, processor.encode(texts, num_threads=THREADS), strict=True):
+            for split, ids in zip(splits, encode_in_bulk(processor, texts), strict=True):
                 tokens[split].append(ids)
                 ends[split].append(ends[split][-1] + len(ids))
                 unknown += ids.count(UNK_ID)

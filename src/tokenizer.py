@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 SENTINELS = 100
@@ -23,6 +24,10 @@ THREADS = 2  # fixed: the sums of a training step depend on how many threads sha
 CHARACTERS_PER_DOCUMENT, CHARACTERS_IN_ALL, CHARACTERS_PER_SENTENCE = 12_000, 50_000_000, 4_000
 # Every printable ASCII character is a piece, so no price, ticker or name in plain English has an unknown character.
 REQUIRED_CHARACTERS = "".join(map(chr, range(0x21, 0x7F))) + "€£"
+# Scores of pieces are multiples of this, so that sums of up to 2^24 of them are exact in the 32-bit floats of SentencePiece.
+# Otherwise near ties far into a long text go wrong there, and `transformers`, which adds up in 64 bits, gives other ids.
+SCORE_STEP = 1 / 64
+LONGEST_EXACT = 50_000  # characters; worth about -80,000 in score, of the 262,144 that are exact
 SPECIAL_TOKEN = re.compile(r"<(?=(?:pad|unk|/s|extra_id_\d{1,2})>)")
 SPECIAL_SCORE = -10_000.0  # below any spelling in plain pieces, so that text never becomes a special token
 
@@ -31,19 +36,26 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be trained or read."""
 
 
+def split_at_spaces(text: str, characters: int) -> Iterator[str]:
+    """Parts of at most `characters`, cut before a space where there is one; joined they are the text."""
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text) and (space := text.rfind(" ", start + 1, end)) > 0:
+            end = space
+        yield text[start:end]
+        start = end
+
+
 def training_sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of the documents, cut at spaces, within the bounds on what training sees."""
+    """Parts of the documents, within the bounds on what training sees."""
     characters = 0
     for text in texts:
-        text = text[:CHARACTERS_PER_DOCUMENT]
-        start = 0
-        while start < len(text) and characters < CHARACTERS_IN_ALL:
-            end = start + CHARACTERS_PER_SENTENCE
-            if end < len(text) and (space := text.rfind(" ", start, end)) > start:
-                end = space
-            yield text[start:end]
-            characters += end - start
-            start = end
+        for sentence in split_at_spaces(text[:CHARACTERS_PER_DOCUMENT], CHARACTERS_PER_SENTENCE):
+            yield sentence
+            characters += len(sentence)
+        if characters >= CHARACTERS_IN_ALL:
+            return
 
 
 def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int) -> None:
@@ -79,6 +91,15 @@ def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int)
             )
     except (RuntimeError, OSError) as error:
         raise TokenizerError(training_failure(str(error), vocab_size)) from None
+    round_scores(model_path)
+
+
+def round_scores(model_path: Path) -> None:
+    """Bring the scores of a model file to multiples of `SCORE_STEP`."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes())
+    for piece in model.pieces:
+        piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    model_path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def training_failure(message: str, vocab_size: int) -> str:
@@ -126,8 +147,18 @@ def load_sentencepiece(folder: str | Path) -> sentencepiece.SentencePieceProcess
 
 
 def copy_sentencepiece(source: str | Path, target: Path) -> None:
-    """Put the `.model` beside a tokenizer that `save_pretrained` wrote without it."""
+    """Put the `.model` beside tokenizer files that `save_pretrained` wrote without it."""
     shutil.copyfile(Path(source) / MODEL_FILE, target / MODEL_FILE)
+
+
+def encode_in_bulk(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> list[list[int]]:
+    """The ids that `encode_texts` gives, by SentencePiece on two threads; a very long text goes through in parts."""
+    long = {number for number, text in enumerate(texts) if len(text) > LONGEST_EXACT}
+    encoded = processor.encode(["" if number in long else text for number, text in enumerate(texts)], num_threads=THREADS)
+    for number in long:
+        parts = processor.encode(list(split_at_spaces(texts[number], LONGEST_EXACT)), num_threads=THREADS)
+        encoded[number] = [token for ids in parts for token in ids]
+    return encoded
 
 
 def escape_special_tokens(text: str) -> str:
@@ -151,6 +182,19 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_e
         return []
     escaped = [escape_special_tokens(text) for text in texts]
     return tokenizer(escaped, add_special_tokens=add_eos, return_attention_mask=False, verbose=False).input_ids
+
+
+def check_same_ids(folder: str | Path, texts: Sequence[str]) -> int:
+    """Compare the `transformers` tokenizer of a folder with its SentencePiece model; returns the number of texts compared.
+
+    Raises:
+        TokenizerError: names the first text whose ids differ.
+    """
+    expected = encode_in_bulk(load_sentencepiece(folder), texts)
+    for number, (ids, other) in enumerate(zip(encode_texts(load_tokenizer(folder), texts), expected, strict=True)):
+        if ids != other:
+            raise TokenizerError(f"{folder}: text {number} ({texts[number][:40]!r}) has other ids than SentencePiece gives: train again")
+    return len(texts)
 
 
 class TokenizedDocuments:
