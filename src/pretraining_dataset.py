@@ -25,7 +25,7 @@ from src.sources import count_articles, read_articles
 from src.tokenizer import UNK_ID, TokenizedDocuments, encode_in_bulk, load_sentencepiece
 
 SPLITS = ("train", "validation")
-BATCH_DOCUMENTS = 512  # encoded and written at once
+BATCH_BYTES = 2_000_000  # text that is encoded and written at once
 HISTOGRAM_EDGES = np.concatenate([[0], np.geomspace(8, 65_536, 27).astype(int)])  # words or tokens of a document
 SCHEMA = pa.schema([("document_id", pa.int64()), ("split", pa.string()), ("text", pa.string())])
 
@@ -135,6 +135,16 @@ def collect_documents(settings: CorpusSettings) -> Documents:
     return documents
 
 
+def batches_of(documents: Documents, numbers: np.ndarray) -> Iterator[list[int]]:
+    """Consecutive documents of about `BATCH_BYTES` together, at least one."""
+    sizes = np.diff(np.frombuffer(documents.texts.ends, np.int64))[numbers]
+    batch = np.cumsum(sizes) // BATCH_BYTES
+    with progress_bar(total=len(numbers), desc="tokenize", unit=" documents") as bar:
+        for part in np.split(numbers, np.flatnonzero(np.diff(batch)) + 1):
+            yield part.tolist()
+            bar.update(len(part))
+
+
 class ArrayFile:
     """A one-dimensional `.npy` file that grows while it is written; numpy leaves room in the header for the length."""
 
@@ -173,8 +183,7 @@ def write_pretraining_dataset(documents: Documents, tokenizer_folder: Path, fold
     unknown = 0
     kept = np.flatnonzero(documents.splits >= 0)
     with pq.ParquetWriter(folder / "documents.parquet", SCHEMA, compression="zstd") as parquet:
-        for start in progress_bar(range(0, len(kept), BATCH_DOCUMENTS), desc="tokenize", unit=" batches"):
-            numbers = kept[start : start + BATCH_DOCUMENTS]
+        for numbers in batches_of(documents, kept):
             texts = [documents.texts[number] for number in numbers]
             splits = [SPLITS[documents.splits[number]] for number in numbers]
             for split, ids in zip(splits, encode_in_bulk(processor, texts), strict=True):

@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 SENTINELS = 100
+SMALLEST_VOCABULARY = 300  # that the settings allow
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "spiece.model"
 THREADS = 2  # fixed: the sums of a training step depend on how many threads share it
@@ -105,10 +106,13 @@ def round_scores(model_path: Path) -> None:
 def training_failure(message: str, vocab_size: int) -> str:
     """SentencePiece's complaint as one line with the cure."""
     if most := re.search(r"too high.*?<= (\d+)", message, re.DOTALL):
-        return (
-            f"the corpus is too small for a vocabulary of {vocab_size}: set corpus.vocab_size to at most {int(most[1]) + SENTINELS} "
-            "or read more documents"
+        largest = int(most[1]) + SENTINELS
+        cure = (
+            f"set corpus.vocab_size to at most {largest} or read more documents"
+            if largest >= SMALLEST_VOCABULARY
+            else "read more documents"
         )
+        return f"the corpus is too small for a vocabulary of {vocab_size}: {cure}"
     if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
         cure = f"set corpus.vocab_size above {int(least[1]) + SENTINELS}"
         return f"the corpus has more characters than a vocabulary of {vocab_size} holds: {cure}"
