@@ -94,7 +94,7 @@ def train(
     with StopRequest() as stop, run.show_progress() as bar:
         run.evaluate_if_due(on_evaluation)
         while not run.is_over():
-            stop_requested = run.take_step(stop.requested)
+            stop_requested = run.take_step(stop)
             bar.show(run.log[-1], run.progress())
             if stop_requested:
                 run.save()
@@ -161,7 +161,7 @@ class TrainingRun:
 
     # --- one step ---
 
-    def take_step(self, stop_requested: bool) -> bool:
+    def take_step(self, stop: StopRequest) -> bool:
         """One optimizer step on the next `rows_per_step` rows. Returns whether any process was asked to stop."""
         state, began = self.state, time.monotonic()
         rows = [self.epoch.num_rows * at // self.steps_in_epoch for at in (state.step_in_epoch, state.step_in_epoch + 1)]
@@ -172,7 +172,7 @@ class TrainingRun:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
         clock = time.monotonic() - self.clock_start if self.accelerator.is_main_process else 0.0
-        loss, tokens, stops, state.seconds = self.sum_over_processes(loss.item(), tokens, float(stop_requested), clock)
+        loss, tokens, stops, state.seconds = self.sum_over_processes(loss.item(), tokens, float(stop.requested), clock)
         self.update_weights(loss, norm.item(), rows)
         state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
         seconds = time.monotonic() - began

@@ -18,7 +18,7 @@ from pandas.io.formats.style import Styler
 from torch import nn
 
 from src.attention import relative_position_bucket
-from src.display.evaluation import ACCENT, GRID, INK, MUTED, finished, plain_axes
+from src.display.style import ACCENT, GRID, INK, MUTED, finished, plain_axes
 from src.packing import IGNORED
 
 EXAMPLE_COLOURS = ("#fde68a", "#bfdbfe", "#bbf7d0", "#fecaca", "#ddd6fe", "#fed7aa", "#a5f3fc", "#e5e7eb")

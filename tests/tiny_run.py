@@ -1,0 +1,130 @@
+"""A training run small enough to be killed and resumed many times; run as a script it is the victim.
+
+`python -m tests.tiny_run FOLDER [key=value ...]` trains (resuming by itself) and writes the number of processes to `FOLDER/processes.json`.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from src import checkpoints, training
+from src.checkpoints import LOG, OPTIMIZER, WEIGHTS, Checkpoints
+from src.collators import PretrainingBatches
+from src.config import ModelSettings, PretrainingSettings
+from src.pretraining import new_model
+from src.tokenizer import TokenizedDocuments
+
+SETTINGS = PretrainingSettings(
+    max_steps=24, inputs_length=48, targets_length=16, warmup_steps=4, rows_per_step=4, rows_per_micro_batch=2,
+    evaluate_every=6, checkpoint_every=5, precision="fp32", optimizer="adamw_rms_scaled", learning_rate=0.02,
+)  # fmt: skip
+MODEL = ModelSettings(d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=1, num_decoder_layers=1, dropout_rate=0.2)
+CLOCKS = ("seconds", "tokens_per_second")  # the fields of a log record that no two runs share
+
+
+class FixedVocabulary:
+    """What training asks of a tokenizer, without one."""
+
+    pad_token_id, eos_token_id, unk_token_id = 0, 1, 2
+
+    def __len__(self):
+        return 160
+
+    def convert_tokens_to_ids(self, token):
+        number = int(token.removeprefix("<extra_id_").removesuffix(">"))
+        return 159 - number if number < 40 else self.unk_token_id
+
+
+def documents(count=30, seed=0):
+    """Sequences that rise by small steps: something to learn."""
+    rng = np.random.default_rng(seed)
+    texts = [(np.cumsum(rng.integers(1, 3, rng.integers(5, 80))) % 110 + 3).astype(np.uint16) for _ in range(count)]
+    return TokenizedDocuments(np.concatenate(texts), np.concatenate(([0], np.cumsum([len(text) for text in texts]))).astype(np.int64))
+
+
+def source(settings=SETTINGS, count=30):
+    return PretrainingBatches(documents(count), FixedVocabulary(), settings)
+
+
+def evaluator(settings=SETTINGS):
+    """Validation loss on a few rows."""
+    batch = PretrainingBatches(documents(4, seed=1), FixedVocabulary(), settings).epoch(0)[0]
+    return lambda model: {"validation_loss": model(**{key: values.to(model.device) for key, values in batch.items()}).loss.item()}
+
+
+def run(folder, dropout=MODEL.dropout_rate, **changes):
+    """Train; `changes` to settings. Returns the loop's result."""
+    torch.set_num_threads(1)
+    settings = replace(SETTINGS, **changes)
+    model = new_model(replace(MODEL, dropout_rate=dropout), FixedVocabulary(), seed=0)
+    return training.train(model, source(settings), settings, Path(folder), evaluate=evaluator(settings))
+
+
+def without_clocks(log):
+    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in log]
+
+
+def digests(result):
+    """SHA-256 of weights, optimizer state and log of a finished run."""
+    last = sorted(result.folder.glob("step-*"))[-1]
+    out = {}
+    for name in (WEIGHTS, OPTIMIZER):
+        digest = hashlib.sha256()
+        for key, tensor in sorted(load_file(last / name).items()):
+            digest.update(key.encode() + tensor.numpy().tobytes())
+        out[name] = digest.hexdigest()
+    saved = [json.loads(line) for line in (last / LOG).read_text().splitlines()]
+    out[LOG] = hashlib.sha256(json.dumps(without_clocks(saved)).encode()).hexdigest()
+    out["steps"] = result.state.step
+    return out
+
+
+def parse(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def main():
+    folder, *pairs = sys.argv[1:]
+    changes = {key: parse(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    result = run(folder, **changes)
+    if result.state.finished and Accelerator().is_main_process:
+        (Path(folder) / "processes.json").write_text(json.dumps(Accelerator().num_processes))
+
+
+def slow_down(seconds):
+    """Spend most of the time in steps and in saving, so that random kills hit both."""
+    step, save = training.TrainingRun.take_step, Checkpoints.save
+
+    def slow_step(self, *arguments):
+        time.sleep(seconds)
+        return step(self, *arguments)
+
+    def slow_save(self, *arguments):
+        original = checkpoints.save_tensors
+
+        def slow_tensors(tensors, path):
+            original(tensors, path)
+            time.sleep(seconds)
+
+        checkpoints.save_tensors = slow_tensors
+        try:
+            save(self, *arguments)
+        finally:
+            checkpoints.save_tensors = original
+
+    training.TrainingRun.take_step, Checkpoints.save = slow_step, slow_save
+
+
+if __name__ == "__main__":
+    main()
