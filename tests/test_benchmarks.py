@@ -1,0 +1,49 @@
+"""Numbers in the README come from results/ by a command, and a benchmark's last line is what is kept."""
+
+import json
+import re
+import subprocess
+import sys
+
+from benchmarks import readme
+
+
+def test_the_readme_shows_what_results_hold():
+    """A figure typed by hand outlives the result it came from."""
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(text) == text
+
+
+def test_results_become_tables(tmp_path, monkeypatch):
+    """Scalars become rows, nested ones carry their path, models become a table, and the command stands below."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    record = {
+        "command": "python -m benchmarks.speed",
+        "machine": "CPU, 2 cores",
+        "result": {"ratio": 1.5, "peak_mb": {"whole": 1234}, "best": None},
+    }
+    (tmp_path / "results/speed.json").write_text(json.dumps(record))
+    (tmp_path / "results/news.json").write_text(
+        json.dumps({"command": "compare", "models": [{"name": "svm", "accuracy": 0.75, "accuracy_ci95": [0.5, 1.0]}]})
+    )
+    page = readme.render("a\n<!-- results speed -->\nold\n<!-- end -->\n<!-- results news -->\n<!-- end -->\n")
+    assert "old" not in page
+    for line in ("| ratio | 1.50 |", "| peak mb whole | 1,234 |", "| best | not reached |", "`python -m benchmarks.speed`, CPU, 2 cores"):
+        assert line in page
+    assert "| svm | 0.75 | 0.5 to 1.00 |" in page
+    assert readme.render(page) == page
+
+
+def test_no_result_file_names_a_folder_of_the_machine_it_ran_on():
+    """Results are published: a reader can do nothing with somebody's home folder."""
+    for path in (readme.ROOT / "results").glob("*.json"):
+        assert not re.search(r"/(work|home|root|tmp)/", path.read_text(encoding="utf-8")), path.name
+
+
+def test_a_failed_benchmark_records_nothing():
+    """Without the check, a crash would overwrite the last good figures."""
+    result = subprocess.run([sys.executable, "-m", "benchmarks.record", "absent"], cwd=readme.ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "nothing was recorded" in result.stderr
+    assert not (readme.ROOT / "results/absent.json").exists()
