@@ -19,7 +19,7 @@ from src import baselines
 from src.cleaning import clean_sentence
 from src.config import FinetuningSettings, LabelledSettings
 from src.deduplication import grouped_stratified_folds, grouped_stratified_split, near_duplicate_groups
-from src.finetuning import finetune
+from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.qlora import base_digest
 from src.sources import read_labelled
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
@@ -42,14 +42,11 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "pretrained_head": Contestant("classification", "full"),
-    "pretrained_head_lora": Contestant("classification", "lora"),
-    "pretrained_head_qlora": Contestant("classification", "qlora"),
-    "random_init": Contestant("classification", "full", random_init=True),
-    "text_to_text": Contestant("text_to_text", "full"),
-    "text_to_text_lora": Contestant("text_to_text", "lora"),
-    "text_to_text_qlora": Contestant("text_to_text", "qlora"),
-    "text_to_text_random_init": Contestant("text_to_text", "full", random_init=True),
+    model_name(*contestant): Contestant(*contestant)
+    for contestant in (
+        *((task, method, False) for task in MODEL_NAMES for method in ("full", "lora", "qlora")),
+        *((task, "full", True) for task in MODEL_NAMES),
+    )
 }
 BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] = {
     "majority": baselines.majority,
@@ -180,7 +177,6 @@ class Runner:
             splits,
             settings,
             checkpoints,
-            name=job.model,
             random_init=contestant.random_init,
             fold=job.fold,
         )

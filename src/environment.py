@@ -4,9 +4,9 @@ An installed torch is never replaced (on Colab it matches the driver): pip is to
 """
 
 import importlib.metadata
+import logging
 import os
 import platform
-
 import subprocess
 import sys
 import tempfile
@@ -14,6 +14,9 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 SHOWN_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "peft", "bitsandbytes", "accelerate", "scikit-learn")
+
+# transformers imports peft, which imports bitsandbytes, which warns that an optional kernel is absent; nothing here uses that kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def installed(package: str) -> str | None:

@@ -247,6 +247,6 @@ def macro_f1_by_length(predictions: pd.DataFrame, rows: pd.DataFrame, quantiles:
     table = []
     for _, group in frame.groupby(pd.qcut(frame["words"], quantiles, duplicates="drop"), observed=True):
         scores = scores_from_confusion(confusion_cells(group).sum(0).reshape(3, 4))
-        words = f"{group['words'].min()}-{group['words'].max()}"
+        words = "-".join(str(words) for words in sorted({group["words"].min(), group["words"].max()}))
         table.append({"words": words, "rows": len(group), "accuracy": float(scores["accuracy"]), "macro_f1": float(scores["macro_f1"])})
     return pd.DataFrame(table)

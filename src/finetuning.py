@@ -4,9 +4,9 @@ load the base -> freeze, quantise, adapt as the method says -> train -> predict 
 and the cross-validated comparison call the same functions, so a figure in one can be reached from the other.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase
 
-from src import qlora
 from src.collators import ClassificationBatches, TextToTextBatches
 from src.config import FinetuningSettings
 from src.evaluation import evaluate_predictions, predictions_frame
+from src.finetuned_checkpoints import FinetuningError, load_base, save_finetuned
 from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods, precision_dtype
 from src.labels import LABELS
-from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
+from src.qlora import add_adapters, base_digest, parameter_table, quantise
 from src.tokenizer import load_tokenizer
 from src.training import train
 
-TASKS = ("classification", "text_to_text")
-INFERENCE_FILE = "inference.json"  # what `src.predict` has to know of a saved model
-
-
-class FinetuningError(ValueError):
-    """A checkpoint or labelled rows that cannot be fine-tuned on."""
+MODEL_NAMES = {"classification": "pretrained_head", "text_to_text": "text_to_text"}  # by task
 
 
 @dataclass
@@ -50,43 +44,16 @@ class FineTuned:
     costs: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[dict[str, object]]:
-        """Scores of the test predictions, and of free generation where there is any; temperature from the validation rows."""
-        return [evaluate_predictions(frame, self.validation) for frame in (self.test, self.generated) if frame is not None]
+        """Scores of the test predictions, and of free generation where there is any, with their costs; temperature from validation rows."""
+        frames = [frame for frame in (self.test, self.generated) if frame is not None]
+        return [evaluate_predictions(frame, self.validation) | {"costs": self.costs} for frame in frames]
 
 
-def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init: bool = False) -> PreTrainedModel:
-    """The model of a task from a T5 checkpoint, float32; the classification head is new and drawn from the seed.
-
-    Args:
-        random_init: keep the checkpoint's shape and forget its weights: the control that shows what pre-training is worth.
-    """
-    if not (folder / "config.json").is_file():
-        raise FinetuningError(f"{folder} holds no config.json: it is not a checkpoint, run pretrain_t5_small.ipynb")
-    config = T5Config.from_pretrained(folder)
-    config.dropout_rate = config.classifier_dropout = settings.dropout_rate
-    model_class = T5ForConditionalGeneration
-    if task == "classification":
-        model_class = T5ForSentimentClassification
-        config.update({"num_labels": len(LABELS), "pooling": settings.pooling})
-        config.id2label, config.label2id = dict(enumerate(LABELS)), {label: index for index, label in enumerate(LABELS)}
-    torch.manual_seed(settings.seed)
+def model_name(task: str, method: str, random_init: bool = False) -> str:
+    """Name of a model in predictions and tables, e.g. `pretrained_head_qlora`, `text_to_text`, `random_init`."""
     if random_init:
-        return model_class(config)
-    with quiet_loading():
-        return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' report that the head is new, which it is meant to be, and its progress bar."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        return "random_init" if task == "classification" else "text_to_text_random_init"
+    return MODEL_NAMES[task] + ("" if method == "full" else f"_{method}")
 
 
 def prepare_model(task: str, folder: Path, settings: FinetuningSettings, random_init: bool = False) -> torch.nn.Module:
@@ -95,10 +62,12 @@ def prepare_model(task: str, folder: Path, settings: FinetuningSettings, random_
     if settings.method == "full":
         return model
     dtype = precision_dtype(settings)
-    model = model.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    # Norms and embeddings compute in the dtype of their weights, and float16 would overflow there.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     if settings.method == "qlora":
-        qlora.quantise(model, dtype)
-    return qlora.add_adapters(model, settings)
+        quantise(model, dtype)
+    return add_adapters(model, settings)
 
 
 def batches(task: str, rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: FinetuningSettings):
@@ -140,7 +109,6 @@ def finetune(
     settings: FinetuningSettings,
     checkpoints: Path,
     *,
-    name: str,
     random_init: bool = False,
     fold: int = 0,
 ) -> FineTuned:
@@ -151,18 +119,19 @@ def finetune(
         base_folder: a Hugging Face T5 checkpoint with its tokenizer.
         splits: frames with `text_id`, `text`, `label`.
         checkpoints: where the training loop keeps its state; an interrupted run goes on from there.
-        name: of the model, in predictions and tables.
+        random_init: forget the base's weights: the control.
         fold: written into the predictions.
     """
-    settings = settings.with_method(settings.method)
+    settings, name = settings.with_method(settings.method), model_name(task, settings.method, random_init)
     tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
-    table = qlora.parameter_table(model)
+    table = parameter_table(model)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         return validation_scores(predict_rows(task, model, tokenizer, splits["validation"], settings, name=name))
 
-    run_inputs = {"task": task, "random_init": random_init, "base": qlora.base_digest(base_folder)}
+    data = {key: hashlib.sha256(rows[["text", "label"]].to_csv(index=False).encode()).hexdigest() for key, rows in splits.items()}
+    run_inputs = {"task": task, "random_init": random_init, "base": base_digest(base_folder), "data": data}
     result = train(
         model,
         batches(task, splits["train"], tokenizer, settings),
@@ -188,48 +157,16 @@ def predict_by_generation(
     return likelihoods.assign(prediction=label_ids_of(written), model=likelihoods["model"] + "_generated")
 
 
-def save_finetuned(tuned: FineTuned, folder: Path, base_folder: Path, settings: FinetuningSettings, temperature: float) -> None:
-    """Write all that prediction needs: adapter and head (or full weights), tokenizer, `inference.json`."""
-    if settings.method == "full":
-        tuned.model.save_pretrained(folder)
-    else:
-        qlora.save_adapter(tuned.model, folder, base_folder)
-    tuned.tokenizer.save_pretrained(folder)
-    about = {"task": tuned.task, "method": settings.method, "temperature": temperature, "name": tuned.name}
-    about |= {key: getattr(settings, key) for key in ("pooling", "inputs_length", "targets_length", "precision")}
-    (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
-
-
-def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, dict]:
-    """Load what `save_finetuned` wrote: model in eval mode, tokenizer, the content of `inference.json`.
-
-    Args:
-        base_folder: the checkpoint an adapter stands on; not read for full weights.
-
-    Raises:
-        FinetuningError: not a saved fine-tuned model, or labels other than ours.
-        AdapterError: the base is another one, or the head is missing.
-    """
-    if not (folder / INFERENCE_FILE).is_file():
-        raise FinetuningError(f"{folder / INFERENCE_FILE} is missing: it is not a fine-tuned model, run the fine-tuning notebook")
-    about = json.loads((folder / INFERENCE_FILE).read_text(encoding="utf-8"))
-    if about["method"] == "full":
-        model = load_full(about["task"], folder)
-    else:
-        base = load_base(about["task"], base_folder, settings)
-        dtype = precision_dtype(settings)
-        base = base.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        model = qlora.load_adapter(base, folder, base_folder, dtype)
-    return model.eval(), load_tokenizer(folder), about
-
-
-def load_full(task: str, folder: Path) -> PreTrainedModel:
-    """Full fine-tuned weights; a checkpoint without a head or with other labels is refused."""
-    config = T5Config.from_pretrained(folder)
-    if task == "classification" and [config.id2label[index] for index in sorted(config.id2label)] != list(LABELS):
-        raise FinetuningError(f"{folder} knows the labels {', '.join(config.id2label.values())}, not {', '.join(LABELS)}")
-    model_class = T5ForSentimentClassification if task == "classification" else T5ForConditionalGeneration
-    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if report["missing_keys"]:
-        raise FinetuningError(f"{folder} lacks {sorted(report['missing_keys'])[0]}: a checkpoint without its head cannot classify")
-    return model
+def save_results(
+    folder: Path,
+    base_folder: Path,
+    tuned: FineTuned,
+    settings: FinetuningSettings,
+    predictions: pd.DataFrame,
+    metrics: Sequence[Mapping[str, object]],
+) -> None:
+    """Write the model, `predictions.parquet`, `metrics.json` (its own first) and `training_log.jsonl`."""
+    save_finetuned(folder, base_folder, tuned.model, tuned.tokenizer, tuned.task, settings, metrics[0]["temperature"])
+    predictions.to_parquet(folder / "predictions.parquet", index=False)
+    (folder / "metrics.json").write_text(json.dumps(list(metrics), indent=1))
+    (folder / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in tuned.log))

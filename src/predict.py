@@ -5,7 +5,6 @@ Reads what the fine-tuning notebooks saved. All three probabilities are given, a
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from transformers.utils import logging
 from src.artifacts import open_artifact
 from src.config import PROFILES, FinetuningSettings, settings_for
 from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
-from src.finetuning import load_finetuned
+from src.finetuned_checkpoints import load_finetuned, read_about
 from src.inference import class_probabilities, label_likelihoods
 from src.labels import LABELS
 
@@ -56,8 +55,8 @@ class Classifier:
     @classmethod
     def from_folders(cls, folder: Path, base_folder: Path, settings: FinetuningSettings) -> "Classifier":
         """Load from a folder that `save_finetuned` wrote and the checkpoint that it was fine-tuned from."""
-        about = json.loads((folder / "inference.json").read_text(encoding="utf-8")) if (folder / "inference.json").exists() else {}
-        settings = replace(settings, **{key: about[key] for key in ("pooling", "inputs_length", "targets_length") if key in about})
+        about = read_about(folder)
+        settings = replace(settings, **{key: about[key] for key in ("pooling", "inputs_length", "targets_length")})
         model, tokenizer, about = load_finetuned(folder, base_folder, settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(about["task"], model.to(device), tokenizer, settings, about["temperature"])

@@ -7,22 +7,19 @@ what is saved is the optimizer's state and the size of what is stored per task.
 
 import importlib.util
 import json
-import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from src.config import FinetuningSettings
 from src.verified_folders import file_sha256
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 BASE_FILE = "base.json"  # which base an adapter belongs to
 WEIGHTS_FILE = "model.safetensors"
@@ -41,14 +38,6 @@ def require_bitsandbytes() -> None:
     """Raise `QuantisationError` with the cure where bitsandbytes is absent."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise QuantisationError("method qlora needs bitsandbytes: run `pip install bitsandbytes`, or choose method lora")
-
-
-def import_peft() -> ModuleType:
-    """peft, which imports bitsandbytes, whose CPU backend warns that an optional kernel is not there; nothing here uses that kernel."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import peft
-
-    return peft
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -128,13 +117,13 @@ def head_names(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_children() if name not in ("shared", "encoder", "decoder", "lm_head", "transformer")]
 
 
-def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> "PeftModel":
+def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftModel:
     """Freeze a model and put a trainable low-rank adapter on every linear layer of its blocks, `wo` included.
 
     W' = W + scale * B A with A (rank, in) random and B (out, rank) zero, so training starts at the base (arXiv 2106.09685, eq. 3);
     scale = alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), alpha / rank without. The head, if any, is trained in full.
     """
-    config = import_peft().LoraConfig(
+    config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -144,13 +133,20 @@ def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> "PeftM
         modules_to_save=head_names(model) or None,
         bias="none",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
-        adapted = import_peft().get_peft_model(model, config)
+    with quiet_peft():
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small and updated in small steps: 16 bit would lose the steps
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft asks transformers for a property by its old name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def base_digest(base_folder: Path) -> str:
@@ -161,7 +157,7 @@ def base_digest(base_folder: Path) -> str:
     return file_sha256(path)
 
 
-def save_adapter(model: "PeftModel", folder: Path, base_folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, base_folder: Path) -> None:
     """Write adapter and head (`adapter_model.safetensors`), their config, and the digest of the base."""
     model.save_pretrained(folder, save_embedding_layers=False)
     quantised = any(is_quantised(module) for module in model.modules())
@@ -185,9 +181,7 @@ def read_base(adapter_folder: Path, base_folder: Path) -> dict[str, object]:
     return recorded
 
 
-def load_adapter(
-    base: PreTrainedModel, adapter_folder: Path, base_folder: Path, compute_dtype: torch.dtype = torch.bfloat16
-) -> "PeftModel":
+def load_adapter(base: PreTrainedModel, adapter_folder: Path, base_folder: Path, compute_dtype: torch.dtype = torch.bfloat16) -> PeftModel:
     """Put a saved adapter and its head on the base it belongs to, quantised first if it was trained so.
 
     Raises:
@@ -198,12 +192,13 @@ def load_adapter(
     return attach(base, adapter_folder)
 
 
-def attach(base: PreTrainedModel, adapter_folder: Path) -> "PeftModel":
+def attach(base: PreTrainedModel, adapter_folder: Path) -> PeftModel:
     saved = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))["modules_to_save"] or []
     lacking = set(head_names(base)) - set(saved)
     if lacking:
         raise AdapterError(f"{adapter_folder} holds no {sorted(lacking)[0]}: it was not trained as a classifier, fine-tune it as one")
-    return import_peft().PeftModel.from_pretrained(base, adapter_folder).eval()
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, adapter_folder).eval()
 
 
 def merge_to_16_bit(

@@ -112,7 +112,7 @@ def test_tables_name_the_texts():
     assert errors["text"].tolist() == ["up " * 3, "down " * 3]
     assert errors["prediction"].tolist() == ["bearish", "neutral"]
     by_length = evaluation.macro_f1_by_length(predictions, rows, quantiles=2)
-    assert by_length["words"].tolist() == ["3-3", "9-9"]
+    assert by_length["words"].tolist() == ["3", "9"]
     assert by_length["accuracy"].tolist() == [0.0, 1.0]
 
 

@@ -4,18 +4,23 @@ Every function takes what `src.evaluation` returns and hands back a pandas Style
 score of its own, so a picture cannot disagree with a table.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
+from IPython.display import HTML
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from transformers import PreTrainedTokenizerBase
 
 from src.display.style import ACCENT, INK, LEFT, MUTED, finished, plain_axes
 from src.evaluation import PROBABILITY_COLUMNS, reliability_bins, scale_temperature
 from src.labels import LABELS
 
+LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
 BASELINES = ("majority", "word_list", "tfidf_svm")
 
 
@@ -23,28 +28,40 @@ def colour_of(model: str) -> str:
     return MUTED if model in BASELINES else INK if "random_init" in model else ACCENT
 
 
+def packed_sentences(batch: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
+    """One packed row of the classifier: sentences in turn, each on the colour of its label (red bearish, grey neutral, green bullish)."""
+    ids, segments, labels = (batch[key][row] for key in ("input_ids", "encoder_segment_ids", "labels"))
+    spans = []
+    for segment in range(1, int(segments.max()) + 1):
+        sentence = html.escape(tokenizer.decode(ids[segments == segment], skip_special_tokens=True))
+        style = f"background:{LABEL_COLOURS[labels[segment - 1]]};border-radius:3px;padding:1px 4px"
+        spans.append(f'<span style="{style}">{sentence}</span>')
+    return HTML(f'<div style="line-height:1.9;max-width:70em">{" ".join(spans)}</div>')
+
+
 def score_cell(metrics: Mapping[str, object], name: str) -> str:
     low, high = metrics[f"{name}_ci95"]
     return f"{metrics[name]:.3f}  [{low:.3f}, {high:.3f}]"
 
 
-def scores_table(metrics: Sequence[Mapping[str, object]], costs: Mapping[str, Mapping[str, float]] | None = None) -> Styler:
+def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = False) -> Styler:
     """All models, best macro-F1 first, each score with its 95 % interval.
 
     Args:
-        metrics: results of `evaluate_predictions`.
-        costs: by model: `parameters` (millions), `trainable` (millions), `seconds`, `mebibytes`; a missing one is left blank.
+        metrics: results of `evaluate_predictions`; those of fine-tuned models hold `costs`: `parameters` and `trainable` (millions),
+            `seconds`, `mebibytes` (weights, gradients and optimizer state).
+        with_costs: show them too.
     """
     rows = []
     for result in sorted(metrics, key=lambda result: -result["macro_f1"]):
         row = {"model": result["model"], "accuracy": score_cell(result, "accuracy"), "macro-F1": score_cell(result, "macro_f1")}
         row |= {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
         row |= {"not a label": result["invalid_rate"]}
-        cost = (costs or {}).get(result["model"], {})
+        cost = result.get("costs", {})
         names = {"parameters": "parameters, M", "trainable": "trained, M", "seconds": "training, s", "mebibytes": "memory, MiB"}
-        rows.append(row | ({title: cost.get(key) for key, title in names.items()} if costs else {}))
+        rows.append(row | ({title: cost.get(key) for key, title in names.items()} if with_costs else {}))
     formats = {"MCC": "{:.3f}", "ECE": "{:.3f}", "ECE, scaled": "{:.3f}", "not a label": "{:.1%}"}
-    formats |= {"parameters, M": "{:.3f}", "trained, M": "{:.3f}", "training, s": "{:.1f}", "memory, MiB": "{:.1f}"} if costs else {}
+    formats |= {"parameters, M": "{:.3f}", "trained, M": "{:.3f}", "training, s": "{:.1f}", "memory, MiB": "{:.1f}"} if with_costs else {}
     frame = pd.DataFrame(rows).set_index("model").astype(dict.fromkeys(formats, float))
     return frame.style.format(formats, na_rep="–").highlight_max(subset=["MCC"], props="font-weight: bold")
 
@@ -82,7 +99,7 @@ def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -
                 f"{result[name]:.3f}", (high, position), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
             )
         axes.set_xlabel(f"{label}, 95 % interval", color=INK)
-        axes.margins(x=0.12)
+        axes.margins(x=0.14, y=0.12)
     panels[0].set_yticks(range(len(ordered)), [result["model"] for result in ordered])
     figure.suptitle(title, color=INK, fontsize=11)
     return finished(figure)
@@ -130,13 +147,13 @@ def reliability_figure(predictions: pd.DataFrame, metrics: Mapping[str, object])
 
 def length_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Macro-F1 by number of words, one line a model."""
-    figure, axes = plt.subplots(figsize=(6.5, 3))
+    figure, axes = plt.subplots(figsize=(8, 3))
     plain_axes(axes)
     markers = iter("osD^vPX")
     for model, table in tables.items():
         axes.plot(table["words"], table["macro_f1"], marker=next(markers), color=colour_of(model), label=model, linewidth=1.5)
-    axes.set(xlabel="words in the text (groups of equal size)", ylabel="macro-F1")
-    axes.legend(frameon=False, fontsize=9)
+    axes.set(xlabel="words in the text (groups of about equal size)", ylabel="macro-F1")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return finished(figure)
 
 
@@ -157,7 +174,7 @@ def parameter_styler(table: pd.DataFrame) -> Styler:
 
 def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Training loss, validation loss and validation macro-F1 of several runs over their steps; `logs` by model."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3))
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3), dpi=80, layout="constrained")
     for model, log in logs.items():
         records = pd.DataFrame(log).set_index("step")
         for axes, column in zip(panels, ("loss", "validation_loss", "macro_f1"), strict=True):
@@ -167,8 +184,9 @@ def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
     for axes, title in zip(panels, ("training loss", "validation loss", "validation macro-F1"), strict=True):
         plain_axes(axes).set_title(title, fontsize=10, color=INK)
         axes.set_xlabel("step")
-    panels[-1].legend(frameon=False, fontsize=9)
-    return finished(figure)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(logs), frameon=False, fontsize=9)
+    plt.close(figure)  # constrained layout, so not `finished`, which would lay it out anew
+    return figure
 
 
 def label_efficiency_figure(curve: pd.DataFrame) -> Figure:

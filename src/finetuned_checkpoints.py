@@ -1,0 +1,136 @@
+"""Fine-tuned models on disk: adapter and head (or full weights), tokenizer, and what prediction has to know, in one folder.
+
+An adapter does not hold its base: small, but useless without the very checkpoint it was trained on, so the folder carries
+that checkpoint's digest. `merged_model` makes one ordinary 16-bit model of both where that is wanted.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
+from transformers.utils import logging as transformers_logging
+
+from src.config import FinetuningSettings
+from src.inference import precision_dtype
+from src.labels import LABELS
+from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
+from src.qlora import load_adapter, merge_to_16_bit, save_adapter
+from src.tokenizer import load_tokenizer
+
+INFERENCE_FILE = "inference.json"  # what prediction has to know of a saved model
+
+
+class FinetuningError(ValueError):
+    """A checkpoint or labelled rows that cannot be fine-tuned on."""
+
+
+def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init: bool = False) -> PreTrainedModel:
+    """The model of a task from a T5 checkpoint, float32; the classification head is new and drawn from the seed.
+
+    Args:
+        random_init: keep the checkpoint's shape and forget its weights: the control that shows what pre-training is worth.
+    """
+    if not (folder / "config.json").is_file():
+        raise FinetuningError(f"{folder} holds no config.json: it is not a checkpoint, run pretrain_t5_small.ipynb")
+    config = T5Config.from_pretrained(folder)
+    config.dropout_rate = config.classifier_dropout = settings.dropout_rate
+    model_class = T5ForConditionalGeneration
+    if task == "classification":
+        model_class = T5ForSentimentClassification
+        config.update({"num_labels": len(LABELS), "pooling": settings.pooling})
+        config.id2label, config.label2id = dict(enumerate(LABELS)), {label: index for index, label in enumerate(LABELS)}
+    torch.manual_seed(settings.seed)
+    if random_init:
+        return model_class(config)
+    with quiet_transformers():
+        return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, and its report that the head is new, which it is meant to be."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def save_finetuned(
+    folder: Path,
+    base_folder: Path,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    settings: FinetuningSettings,
+    temperature: float,
+) -> None:
+    """Write all that prediction needs: adapter and head (or full weights), tokenizer, `inference.json`."""
+    if settings.method == "full":
+        model.save_pretrained(folder)
+    else:
+        save_adapter(model, folder, base_folder)
+    tokenizer.save_pretrained(folder)
+    about = {"task": task, "method": settings.method, "temperature": temperature}
+    about |= {key: getattr(settings, key) for key in ("pooling", "inputs_length", "targets_length", "precision")}
+    (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of `inference.json`: task, method, temperature, and the settings that prediction needs."""
+    if not (folder / INFERENCE_FILE).is_file():
+        raise FinetuningError(f"{folder / INFERENCE_FILE} is missing: it is not a fine-tuned model, run the fine-tuning notebook")
+    return json.loads((folder / INFERENCE_FILE).read_text(encoding="utf-8"))
+
+
+def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, dict]:
+    """Load what `save_finetuned` wrote: model in eval mode, tokenizer, the content of `inference.json`.
+
+    Args:
+        base_folder: the checkpoint an adapter stands on; not read for full weights.
+
+    Raises:
+        FinetuningError: not a saved fine-tuned model, or labels other than ours.
+        AdapterError: the base is another one, or the head is missing.
+    """
+    about = read_about(folder)
+    if about["method"] == "full":
+        model = load_full(about["task"], folder)
+    else:
+        base = load_base(about["task"], base_folder, settings)
+        dtype = precision_dtype(settings)
+        base = base.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        model = load_adapter(base, folder, base_folder, dtype)
+    return model.eval(), load_tokenizer(folder), about
+
+
+def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings, target: Path) -> None:
+    """Write a saved model as one ordinary 16-bit checkpoint without adapters, tokenizer beside it."""
+    about = read_about(folder)
+    if about["method"] == "full":
+        model = load_full(about["task"], folder).to(torch.bfloat16)
+    else:
+        base = load_base(about["task"], base_folder, settings)
+        model = merge_to_16_bit(base, folder, base_folder, compute_dtype=precision_dtype(settings))
+    with quiet_transformers():
+        model.save_pretrained(target)
+    load_tokenizer(folder).save_pretrained(target)
+
+
+def load_full(task: str, folder: Path) -> PreTrainedModel:
+    """Full fine-tuned weights; a checkpoint without a head or with other labels is refused."""
+    config = T5Config.from_pretrained(folder)
+    if task == "classification" and [config.id2label[index] for index in sorted(config.id2label)] != list(LABELS):
+        raise FinetuningError(f"{folder} knows the labels {', '.join(config.id2label.values())}, not {', '.join(LABELS)}")
+    model_class = T5ForSentimentClassification if task == "classification" else T5ForConditionalGeneration
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        raise FinetuningError(f"{folder} lacks {sorted(report['missing_keys'])[0]}: a checkpoint without its head cannot classify")
+    return model
