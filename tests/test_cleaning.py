@@ -21,6 +21,12 @@ def test_the_shortcut_gives_what_ftfy_gives(text):
     assert repair_characters(text) == ftfy.fix_text(text)
 
 
+def test_entities_behind_a_tag_stay_as_ftfy_leaves_them():
+    """Breaks when lines are repaired one by one although a `<` stops ftfy from unescaping the lines that follow."""
+    text = "R&amp;D é\na <b>\nR&amp;D é\n"
+    assert repair_characters(text) == ftfy.fix_text(text) == "R&D é\na <b>\nR&amp;D é\n"
+
+
 def test_the_shortcut_is_right_for_every_triple_of_typeset_punctuation():
     """Breaks when ftfy takes a run of quotes, dashes and ellipses for mojibake and the shortcut does not look."""
     for triple in itertools.product("a ‘’“”–—….", repeat=3):

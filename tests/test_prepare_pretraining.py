@@ -60,12 +60,13 @@ def test_every_article_is_accounted_for(corpus, tmp_path):
 
 def test_token_ids_offsets_and_texts_tell_the_same(corpus, tmp_path):
     """Breaks when rows of documents.parquet and documents of the token arrays fall out of step, or a split shares a text."""
-    _, tokenizer, report = build(corpus, tmp_path / "out")
+    documents, tokenizer, report = build(corpus, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pandas()
     assert not set(rows.text[rows.split == "train"]) & set(rows.text[rows.split == "validation"])
     assert rows.document_id.is_monotonic_increasing
     for split in ("train", "validation"):
         stored = TokenizedDocuments.load(tmp_path / "out", split)
+        assert rows.document_id[rows.split == split].tolist() == [documents.rows[number] for number in documents.of_split(split)]
         texts = rows.text[rows.split == split].tolist()
         assert [ids.tolist() for ids in map(stored.__getitem__, range(len(stored)))] == encode_texts(tokenizer, texts)
         assert (stored.tokens.dtype, stored.offsets.dtype) == (np.uint16, np.int64)

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -201,6 +202,14 @@ def test_an_unreachable_hub_names_the_way_out(kind):
     assert "the Hub cannot be reached" in last
     assert "CORPUS=sample" in last
     assert "a local file or folder" in last
+
+
+def test_a_call_that_hangs_is_left_behind():
+    """Breaks when a name server that does not answer holds up the run beyond the deadline."""
+    with pytest.raises(TimeoutError, match="no answer within"):
+        hub_datasets.within(0.05, threading.Event().wait)
+    with pytest.raises(KeyError):
+        hub_datasets.within(5, lambda: {}["missing"])
 
 
 def test_the_sample_reads_like_any_source():

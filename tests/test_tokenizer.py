@@ -43,7 +43,8 @@ UNUSUAL = [
 
 @pytest.fixture(scope="module")
 def sample():
-    return [clean_article(article.text) for article in read_articles("sample", max_documents=SAMPLE_SIZE)]
+    articles = [clean_article(article.text) for article in read_articles("sample", max_documents=SAMPLE_SIZE)]
+    return articles + ["In 1987, the 1987 plan (1987) grew to 2013; 2013 was 2013."] * 50
 
 
 @pytest.fixture(scope="module")
