@@ -73,4 +73,4 @@ def ngram_hashes(word_hashes: np.ndarray, ngram: int) -> np.ndarray:
         uint64 (words - ngram + 1,), empty for a shorter text.
     """
     *_, (length, hashes) = [(0, word_hashes[:0]), *ngram_hashes_by_length(word_hashes, ngram)]
-    return hashes * MULTIPLIER if length == ngram else word_hashes[:0]
+    return hashes if length == ngram else word_hashes[:0]

@@ -1,0 +1,85 @@
+"""Grouped, stratified splits and folds: no group on both sides, every class in about its share on each side.
+
+Folds are scikit-learn's `StratifiedGroupKFold`. It only makes equal parts, so splits of given fractions are assigned
+here by the same idea: large groups first, each to the part that its label is missing most. Both are pure functions of
+labels, groups and seed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from src.labels import LABELS
+
+SPLITS = ("train", "validation", "test")
+
+
+class SplitError(ValueError):
+    """Rows that cannot be split as asked; says what to change."""
+
+
+def check_classes(labels: np.ndarray, groups: np.ndarray, parts: int, purpose: str) -> None:
+    """Every class needs at least one group for each part.
+
+    Raises:
+        SplitError: names the class that is missing or too rare, and the cure.
+    """
+    if not len(labels):
+        raise SplitError(f"{purpose}: there is no row: check the text and label columns")
+    present = set(np.unique(labels).tolist())
+    if missing := [name for index, name in enumerate(LABELS) if index not in present]:
+        seen = ", ".join(LABELS[index] for index in sorted(present))
+        raise SplitError(f"{purpose}: no row is {' or '.join(missing)} (only {seen}): add rows of that class, or correct LABEL_MAP")
+    for index, name in enumerate(LABELS):
+        count = len(np.unique(groups[labels == index]))
+        if count < parts:
+            raise SplitError(
+                f"{purpose}: {count} different {name} texts are too few, {parts} are needed: add rows or raise labelled.max_documents"
+            )
+
+
+def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fractions: Sequence[float], seed: int) -> np.ndarray:
+    """Part of every row: rows of one group together, each class divided as `fractions` says.
+
+    Args:
+        labels: class of every row, indices into `LABELS`, (rows,).
+        groups: group of every row, any integers, (rows,).
+        fractions: share of each part, adding up to 1.
+        seed: of the order in which equally large groups are assigned.
+
+    Returns:
+        int8 (rows,): index into `fractions`.
+
+    Raises:
+        SplitError: a class is missing or has fewer groups than there are parts.
+    """
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    check_classes(labels, groups, len(fractions), f"split into {len(fractions)} parts")
+    _, group_of = np.unique(groups, return_inverse=True)
+    counts = np.zeros((group_of.max() + 1, len(LABELS)))
+    np.add.at(counts, (group_of, labels), 1)  # (groups, classes)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]
+    wanted = np.outer(fractions, counts.sum(axis=0))  # (parts, classes), rows still to be given
+    part_of = np.zeros(len(counts), np.int8)
+    for group in order:
+        part = int(np.argmax((wanted / np.asarray(fractions)[:, None]) @ counts[group]))
+        part_of[group] = part
+        wanted[part] -= counts[group]
+    return part_of[group_of]
+
+
+def grouped_stratified_folds(labels: Sequence[int], groups: Sequence[int], folds: int, seed: int) -> np.ndarray:
+    """Fold of every row for cross-validation, int8 (rows,): rows of one group together, classes in equal shares.
+
+    Raises:
+        SplitError: a class is missing or has fewer groups than there are folds.
+    """
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    check_classes(labels, groups, folds, f"{folds}-fold cross-validation")
+    fold_of = np.zeros(len(labels), np.int8)
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+        fold_of[test] = fold
+    return fold_of
