@@ -119,11 +119,11 @@ def test_training_is_repeatable(folder, sample, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_too_little_or_too_varied_text_is_refused(tmp_path):
+def test_too_little_or_too_varied_text_is_refused(sample, tmp_path):
     """Breaks when SentencePiece's own message (an internal path and a condition) is all that a user gets to see."""
-    with pytest.raises(
-        TokenizerError, match=r"too small for a vocabulary of 2000: set corpus.vocab_size to at most \d+ or read more documents"
-    ):
+    with pytest.raises(TokenizerError, match=r"a vocabulary of 60000: set corpus.vocab_size to at most \d+ or read more documents"):
+        train_tokenizer(sample, tmp_path, 60_000)
+    with pytest.raises(TokenizerError, match="too small for a vocabulary of 2000: read more documents"):
         train_tokenizer(["profit rose in the quarter"] * 50, tmp_path, 2_000)
     with pytest.raises(TokenizerError, match=r"more characters than a vocabulary of 300 holds: set corpus.vocab_size above \d+"):
         train_tokenizer(["".join(map(chr, range(0x4E00, 0x5200)))] * 50, tmp_path, 300)
