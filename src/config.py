@@ -196,7 +196,17 @@ PROFILES = {
         labelled=LabelledSettings(path="sample"),
         model=ModelSettings(d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2),
         pretraining=PretrainingSettings(
-            inputs_length=256, targets_length=59, max_steps=400, warmup_steps=40, evaluate_every=50, checkpoint_every=200
+            optimizer="muon",
+            learning_rate=0.05,
+            inputs_length=256,
+            targets_length=59,
+            rows_per_step=8,
+            rows_per_micro_batch=8,
+            max_steps=500,
+            warmup_steps=25,
+            evaluate_every=50,
+            checkpoint_every=100,
+            validation_rows=48,
         ),
         classification=FinetuningSettings(
             learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20

@@ -26,7 +26,7 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
     """Steps of `lr * max(RMS(parameter), 1e-3) * direction`, so `lr` is a relative change of the parameter.
 
     A group's `direction` is "adam" (bias-corrected AdamW, arXiv 1711.05101; the scaling is nanoT5's) or "muon" (momentum made
-    orthogonal, scaled to the RMS of an Adam step as in arXiv 2502.16982, eq. 4). Weight decay is decoupled.
+    orthogonal, scaled to twice the usual RMS of an Adam step; arXiv 2502.16982, eq. 4, takes it once). Weight decay is decoupled.
     """
 
     def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
@@ -58,12 +58,12 @@ def adam_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Te
 
 
 def muon_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
-    """Nesterov momentum with its singular values pushed to 1, times 0.2 sqrt(larger side): float32, like `gradient`."""
+    """Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4: like `gradient`."""
     if not state:
         state |= {"momentum": torch.zeros_like(gradient)}
     state["momentum"].lerp_(gradient, 1 - group["momentum"])
     update = gradient.lerp(state["momentum"], group["momentum"])
-    return orthogonalise(update).to(gradient.dtype).mul_(0.2 * math.sqrt(max(gradient.shape)))
+    return orthogonalise(update).to(gradient.dtype).mul_(0.4 * math.sqrt(max(gradient.shape)))
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -87,6 +87,8 @@ def is_projection(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     """The optimizer `settings.optimizer` over the trainable parameters; weight decay on projections only.
 
+    `adafactor_t5` follows the paper's own rate, so `learning_rate`, `schedule` and `warmup_steps` do not touch it.
+
     Raises:
         OptimizerError: unknown name, or nothing to train.
     """
@@ -107,7 +109,9 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
                 groups[0]["direction"] = "muon"
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2
-            return Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
+            optimizer = Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
+            optimizer.param_groups[0]["lr"] = 1e-2  # to show: with a relative step it sets its own rate
+            return optimizer
     raise OptimizerError(f"optimizer {settings.optimizer!r} is unknown: choose adamw, adamw_rms_scaled, muon or adafactor_t5")
 
 

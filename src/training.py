@@ -167,7 +167,7 @@ class TrainingRun:
         rows = [self.epoch.num_rows * at // self.steps_in_epoch for at in (state.step_in_epoch, state.step_in_epoch + 1)]
         factor = learning_rate_factor(self.settings.schedule, state.step, self.settings.warmup_steps, self.progress())
         for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate if group.get("relative_step") else rate * factor
         loss, tokens = self.accumulate_gradients(*rows)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
