@@ -106,11 +106,13 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. `None` reads the shell's own arguments."""
+    arguments = parser().parse_args(command_line)
     logging.disable_progress_bar()
     try:
-        found = Classifier.load(arguments.profile, arguments.task).classify(read_texts(arguments))
+        texts = read_texts(arguments)
+        found = Classifier.load(arguments.profile, arguments.task).classify(texts)
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
