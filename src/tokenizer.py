@@ -8,6 +8,7 @@ as fast; the `transformers` tokenizer serves everyone who opens a checkpoint.
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,15 +49,22 @@ def split_at_spaces(text: str, characters: int) -> Iterator[str]:
         start = end
 
 
-def training_sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Parts of the documents, within the bounds on what training sees."""
-    characters = 0
+def training_sentences(texts: Iterable[str], frequent_words: int = 0) -> Iterator[str]:
+    """Parts of the documents, within the bounds on what training sees, then the most frequent words once more.
+
+    SentencePiece looks for candidate pieces among *distinct* words: one that has a single form (never before a comma, never in
+    capitals) is no candidate, however frequent. So each frequent word is shown once more with a comma: 0.6 % fewer tokens on
+    2,000 news articles, 27 % fewer on the bundled sample.
+    """
+    characters, words = 0, Counter()
     for text in texts:
         for sentence in split_at_spaces(text[:CHARACTERS_PER_DOCUMENT], CHARACTERS_PER_SENTENCE):
             yield sentence
             characters += len(sentence)
+            words.update(sentence.split())
         if characters >= CHARACTERS_IN_ALL:
-            return
+            break
+    yield from split_at_spaces(" ".join(f"{word}," for word, _ in words.most_common(frequent_words)), CHARACTERS_PER_SENTENCE)
 
 
 def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int) -> None:
@@ -73,7 +81,7 @@ def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int)
     try:
         with model_path.open("wb") as model:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=training_sentences(texts),
+                sentence_iterator=training_sentences(texts, frequent_words=vocab_size),
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab_size - SENTINELS,
@@ -125,6 +133,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> PreT
     Returns:
         The tokenizer as loaded back: pad 0, eos 1, unk 2, `<extra_id_0>` the last id and `<extra_id_99>` the 100th last.
     """
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read in place of the new model
     train_sentencepiece(texts, folder / MODEL_FILE, vocab_size)
     T5Tokenizer.from_pretrained(folder, extra_ids=SENTINELS).save_pretrained(folder)
     # `transformers` puts special tokens among the pieces with the best score of all, 0. There, text that spells one

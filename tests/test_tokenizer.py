@@ -100,6 +100,14 @@ def test_digits_stand_alone_and_ascii_is_known(folder):
     assert 2 not in processor.encode("".join(map(chr, range(0x20, 0x7F))) + " €5 £6")
 
 
+def test_a_frequent_word_of_one_form_is_a_piece(tmp_path):
+    """Breaks when a word seen a thousand times is spelt in letters because it never stands before a comma."""
+    rng = np.random.default_rng(0)
+    fillers = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(300)]
+    train_tokenizer([f"Analysts see a {filler}." for filler in fillers] * 3, tmp_path, 400)
+    assert load_sentencepiece(tmp_path).encode("Analysts see a", out_type=str) == ["▁Analysts", "▁see", "▁a"]
+
+
 def test_it_opens_without_this_package(folder, tmp_path):
     """Breaks when the saved tokenizer needs code of this project, or the network, to open."""
     code = (
@@ -114,6 +122,7 @@ def test_it_opens_without_this_package(folder, tmp_path):
 
 def test_training_is_repeatable(folder, sample, tmp_path):
     """Breaks when two runs on the same text give other files: every later artifact would look stale."""
+    train_tokenizer(sample[:200], tmp_path, 400)  # what lay there before must not matter
     train_tokenizer(iter(sample), tmp_path, 800)
     for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
