@@ -144,6 +144,14 @@ def text_ids(keys: Iterable[str]) -> list[str]:
     return [name if not count else f"{name}-{count + 1}" for name, count in zip(names, again, strict=True)]
 
 
+def require_rows(texts: LabelledTexts, settings: LabelledSettings) -> None:
+    """Raises FinetuningDatasetError when the main file has no row left, saying where they went."""
+    if texts.frame["published"].all():
+        lost = ", ".join(f"{count} {step}" for step, count in list(texts.counts.items())[1:])
+        cure = f"correct the texts and labels, or raise labelled.boilerplate_count ({settings.boilerplate_count})"
+        raise FinetuningDatasetError(f"{settings.path}: no row is left ({lost}): {cure}")
+
+
 def collect_labelled(settings: LabelledSettings, corpus: Iterable[str]) -> LabelledTexts:
     """Everything of stage 2 but the writing.
 
@@ -156,15 +164,13 @@ def collect_labelled(settings: LabelledSettings, corpus: Iterable[str]) -> Label
         FinetuningDatasetError: too little is left, or a class is missing.
     """
     texts = read_cleaned(settings)
+    require_rows(texts, settings)
     try:
         check_classes(texts.frame["label"].to_numpy(), np.arange(len(texts.frame)), 1, "labels")
         if settings.validation_path is not None:
             drop_published(texts)
         drop_conflicts_and_repeats(texts, settings.boilerplate_count)
-        if texts.frame["published"].all():
-            lost = ", ".join(f"{count} {step}" for step, count in list(texts.counts.items())[1:])
-            cure = f"correct the labels, or raise labelled.boilerplate_count ({settings.boilerplate_count})"
-            raise FinetuningDatasetError(f"{settings.path}: no row is left ({lost}): {cure}")
+        require_rows(texts, settings)
         group_and_split(texts, settings)
     except SplitError as error:
         raise FinetuningDatasetError(f"{settings.path}: {error}") from None
