@@ -19,7 +19,7 @@ import pandas as pd
 
 from src.artifacts import open_artifact
 from src.config import PROFILES, Settings, artifacts_folder, settings_for
-from src.cross_validation import BASELINES, CONTESTANTS, ComparisonError, Finished, Job, Runner, comparison_key, folds_of, labelled_rows
+from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
 from src.qlora import base_digest
@@ -31,6 +31,10 @@ CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
 REFERENCES = ("tfidf_svm", "random_init")  # what every pre-trained model is compared with
 
 Split = tuple[int, pd.DataFrame, pd.DataFrame]  # fold, rest, test
+
+
+class ComparisonError(ValueError):
+    """A comparison that cannot be made."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
     settings = settings_of(arguments)
     splits = list(splits_of(arguments, settings))
-    data = hashlib.sha256(canonical_json([[rest["text_id"].tolist(), test["text_id"].tolist()] for _, rest, test in splits])).hexdigest()
+    data = splits_digest(splits)
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
@@ -72,8 +76,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         report["fractions"] = label_efficiency(runner, models, splits, seeds, [float(part) for part in arguments.fractions.split(",")])
     report |= {"rows": sum(len(test) for _, _, test in splits), "folds": len(splits), "seeds": seeds, "seed": arguments.split_seed}
     report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data, "command": command_line()}
-    sources = [*describe_source(arguments.labelled), *(describe_source(arguments.validation) if arguments.validation else [])]
-    report |= {"data_sha256": hashlib.sha256("".join(str(source["sha256"]) for source in sources).encode()).hexdigest(), "sources": sources}
+    sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path)]
+    report |= {"data_sha256": data_digest(sources) or data, "sources": sources}
     write_report(report, arguments.output)
     return report
 
@@ -106,7 +110,19 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
         return
     train = labelled_rows(arguments.labelled, settings.labelled)
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
-    yield 0, train, test.assign(overlap=test["text"].map(comparison_key).isin(set(train["text"].map(comparison_key))))
+    yield 0, train, test.assign(overlap=test["key"].isin(set(train["key"])))
+
+
+def splits_digest(splits: Sequence[Split]) -> str:
+    """SHA-256 of which text with which label stands in which fold."""
+    rows = [[part[["text_id", "text", "label"]].to_numpy().tolist() for part in (rest, test)] for _, rest, test in splits]
+    return hashlib.sha256(canonical_json(rows)).hexdigest()
+
+
+def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:
+    """SHA-256 of the file that was read, or of the digests of several; None where nothing is a file (sample, Hub)."""
+    digests = [source["sha256"] for source in sources if "sha256" in source]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
 def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], fraction: float = 1.0) -> list[Finished]:

@@ -7,7 +7,7 @@ own jobs. The price is disk: a few hundred kilobytes of predictions a job.
 
 import hashlib
 import json
-import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,20 +16,15 @@ from typing import Any
 import pandas as pd
 
 from src import baselines
-from src.cleaning import clean_sentence
 from src.config import FinetuningSettings, LabelledSettings
-from src.deduplication import grouped_stratified_folds, grouped_stratified_split, near_duplicate_groups
+from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
+from src.finetuning_dataset import drop_conflicts_and_repeats, loose_key, read_cleaned, text_ids
 from src.qlora import base_digest
-from src.sources import read_labelled
+from src.splits import grouped_stratified_folds, grouped_stratified_split
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
 
 VALIDATION_ROWS, VALIDATION_FRACTIONS = 60, (0.1, 0.3)  # of a fold's labels: chooses the weights and the temperature
-URL = re.compile(r"https?://\S+")
-
-
-class ComparisonError(ValueError):
-    """A comparison that cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +70,18 @@ class Finished:
     costs: Mapping[str, float]
 
 
-def comparison_key(text: str) -> str:
-    """A text without links, case and spacing: equal keys are the same news."""
-    return " ".join(URL.sub(" ", text).lower().split())
-
-
 def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = False) -> pd.DataFrame:
-    """Cleaned labelled rows with `text_id`, `text`, `label`, `group` (near duplicates share one).
+    """Cleaned labelled rows with `text_id`, `text`, `label`, `group` (near duplicates share one) and `key` (the text compared loosely).
 
     Args:
-        published: a published split is judged as it is: repeated and contradictory texts stay. Otherwise a repeated text
-            counts once and one with several labels is dropped.
+        published: a published split is judged as it is: repeated and contradictory texts stay. Otherwise stage 2's rules hold:
+            a repeated text counts once, boilerplate and texts with several labels are dropped.
     """
-    frame = read_labelled(path, settings.text_column, settings.label_column, settings.label_map, settings.max_documents)
-    frame["text"] = [clean_sentence(text, settings.cleaning) for text in frame["text"]]
-    frame["key"] = [comparison_key(text) for text in frame["text"]]
-    frame = frame[frame["key"] != ""]
-    frame["text_id"] = [hashlib.sha256(key.encode()).hexdigest()[:16] for key in frame["key"]]
-    if published:
-        repeat = frame.groupby("text_id").cumcount()
-        frame["text_id"] += repeat.map(lambda number: f"-{number}" if number else "")
-    else:
-        frame = frame[frame.groupby("text_id")["label"].transform("nunique") == 1].drop_duplicates("text_id")
-    frame = frame.reset_index(drop=True)
+    texts = read_cleaned(replace(settings, path=path, validation_path=None))
+    if not published:
+        drop_conflicts_and_repeats(texts, settings.boilerplate_count)
+        texts.drop("exact duplicates", texts.frame.duplicated("key"))
+    frame = texts.frame.assign(text_id=text_ids(texts.frame["key"]), key=texts.frame["key"].map(loose_key))
     return frame.assign(group=near_duplicate_groups(frame["text"], settings.near_duplicate_threshold))
 
 
@@ -105,13 +89,8 @@ def folds_of(rows: pd.DataFrame, folds: int, seed: int) -> Iterator[tuple[pd.Dat
     """(rest, test) of each grouped, stratified fold.
 
     Raises:
-        ComparisonError: a class has fewer texts than there are folds.
+        SplitError: a class is missing or has fewer groups than there are folds.
     """
-    rarest = rows["label"].value_counts().min()
-    if folds < 2 or rarest < folds:
-        raise ComparisonError(
-            f"{folds} folds need a class of at least {max(folds, 2)} texts each, the rarest has {rarest}: set --folds lower"
-        )
     fold_of = grouped_stratified_folds(rows["label"].to_numpy(), rows["group"].to_numpy(), folds, seed)
     for fold in range(folds):
         yield rows[fold_of != fold], rows[fold_of == fold]
@@ -143,12 +122,14 @@ class Runner:
         if (finished := read_finished(job, target)) is not None:
             return finished
         labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
-        finished = self.judge(job, labelled, test, self.folder / ".checkpoints")
+        checkpoints = self.folder / ".checkpoints" / name
+        finished = self.judge(job, labelled, test, checkpoints)
         with atomic_folder(target, identity) as folder:
             finished.test.to_parquet(folder / "test.parquet")
             if finished.validation is not None:
                 finished.validation.to_parquet(folder / "validation.parquet")
             (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return finished
 
     def identity(self, job: Job) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""The cross-validated comparison: fair folds, jobs that are done once, scores of what was judged."""
+
+import argparse
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import T5Config
+
+from src import compare, cross_validation
+from src.config import settings_for
+from src.evaluation import evaluate_predictions, predictions_frame
+from src.modeling_t5 import T5ForConditionalGeneration
+from src.sample_data import sample_sentences
+from src.splits import SplitError
+from src.tokenizer import train_tokenizer
+
+MODELS = "majority,tfidf_svm,random_init,pretrained_head"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer([row["text"] for row in sample_sentences()[:1_000]], folder, 500)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_heads=4, num_layers=1, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base, tmp_path, monkeypatch):
+    """The command on 240 sample sentences with two folds and two training steps; options as on the command line."""
+    monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path))
+
+    def run_command(*options):
+        parser = argparse.ArgumentParser()
+        compare.add_arguments(parser)
+        small = ("labelled.max_documents=240", "classification.max_steps=2", "classification.evaluate_every=1")
+        sets = [part for setting in small for part in ("--set", setting)]
+        common = ["--labelled", "sample", "--profile", "sample", "--base", str(base), "--folds", "2", "--models", MODELS, *sets]
+        return compare.run(parser.parse_args([*common, *options]))
+
+    return run_command
+
+
+def refuse(*_, **__):
+    raise AssertionError("trained again")
+
+
+def test_every_text_is_judged_once_and_no_group_is_on_both_sides():
+    """A near duplicate in train and test makes every score a little too good."""
+    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
+    judged = []
+    for rest, test in cross_validation.folds_of(rows, 5, seed=0):
+        assert not set(rest["group"]) & set(test["group"])
+        assert len(rest) + len(test) == len(rows)
+        judged += test["text_id"].tolist()
+    assert sorted(judged) == sorted(rows["text_id"])
+    assert len(set(judged)) == len(judged)
+
+
+def test_a_share_of_the_labels_keeps_groups_and_classes():
+    """A label-efficiency curve from unbalanced or leaking shares compares something else."""
+    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
+    part, rest = cross_validation.part_of(rows, 0.1, seed=0)
+    assert len(part) == pytest.approx(0.1 * len(rows), rel=0.1)
+    assert not set(part["group"]) & set(rest["group"])
+    shares = [frame["label"].value_counts(normalize=True).sort_index().to_numpy() for frame in (part, rows)]
+    assert np.allclose(*shares, atol=0.03)
+
+
+def test_a_finished_job_is_not_run_again(run, monkeypatch):
+    """Hours of folds would be lost with every interruption, or an old result taken for a new setting."""
+    first = run()
+    assert [model["name"] for model in first["models"]] == MODELS.split(",")
+    assert all(model["rows"] == first["rows"] for model in first["models"])
+    assert {(pair["first"], pair["second"]) for pair in first["comparisons"]} == {
+        ("random_init", "tfidf_svm"), ("pretrained_head", "tfidf_svm"), ("pretrained_head", "random_init"),
+    }  # fmt: skip
+    monkeypatch.setattr(cross_validation, "finetune", refuse)
+    again = run()
+    assert json.dumps(again["models"]) == json.dumps(first["models"])
+    with pytest.raises(AssertionError, match="trained again"):
+        run("--set", "classification.full_learning_rate=0.005")
+    with pytest.raises(AssertionError, match="trained again"):
+        run("--split-seed", "1")
+
+
+def test_an_interrupted_comparison_goes_on_at_its_fold(run, monkeypatch):
+    """Of two folds the first is done when the second is cut off: only the second may be run again."""
+    finetune, done = cross_validation.finetune, []
+
+    def cut(*arguments, **options):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(options["fold"])
+        return finetune(*arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "finetune", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run("--models", "pretrained_head")
+
+    def count(*arguments, **options):
+        done.append(options["fold"])
+        return finetune(*arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "finetune", count)
+    run("--models", "pretrained_head")
+    assert done == [0, 1]
+
+
+def test_published_split_is_judged_whole_and_without_what_train_holds(run, tmp_path):
+    """A text that stands in train and in the published split is known by heart: the score without such texts must be told too."""
+    rows = pd.DataFrame(sample_sentences()[:240]).drop_duplicates("text")
+    names = {0: "bullish", 1: "neutral", 2: "bearish"}
+    rows["label"] = rows["label"].map(names)
+    train, test = rows.iloc[:160], pd.concat([rows.iloc[160:], rows.iloc[:7], rows.iloc[160:161]])
+    train.to_csv(tmp_path / "train.csv", index=False)
+    test.to_csv(tmp_path / "validation.csv", index=False)
+    options = ("--labelled", str(tmp_path / "train.csv"), "--validation", str(tmp_path / "validation.csv"), "--models", "tfidf_svm")
+    report = run(*options, "--output", str(tmp_path / "results" / "published.json"))
+    model = report["models"][0]
+    assert model["rows"] == len(test)
+    assert model["without_overlap"]["rows"] == len(test) - 7
+    saved = json.loads((tmp_path / "results" / "published.json").read_text())
+    assert saved["models"][0]["accuracy"] == model["accuracy"]
+    assert len(saved["data_sha256"]) == 64
+    assert (tmp_path / "results" / "published.png").stat().st_size > 1_000
+
+
+def test_several_seeds_become_one_model():
+    """Averaging labels instead of probabilities, or counting each text once for each seed, narrows the interval for nothing."""
+    rows = pd.DataFrame({"text_id": ["a", "b", "c"], "label": [0, 1, 2]})
+    first = predictions_frame(rows, np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]), "model")
+    second = predictions_frame(rows, np.array([[0.4, 0.6, 0.0], [0.1, 0.9, 0.0], [0.0, 0.6, 0.4]]), "model")
+    together = compare.pooled([first, second])
+    assert together["prediction"].tolist() == [0, 1, 2]
+    assert together["p_bearish"].tolist() == pytest.approx([0.65, 0.35, 0.0])
+    assert evaluate_predictions(together, resamples=5)["rows"] == 3
+    own = first.assign(prediction=[2, 2, 2])
+    assert compare.pooled([own])["prediction"].tolist() == [2, 2, 2]  # one seed keeps its own labels
+
+
+def test_label_efficiency_curve(run, tmp_path):
+    """The curve needs every model at every share, with intervals in the right order."""
+    report = run("--models", "tfidf_svm", "--fractions", "0.25,1", "--output", str(tmp_path / "curve.json"))
+    assert [(point["fraction"], point["model"]) for point in report["fractions"]] == [(0.25, "tfidf_svm"), (1.0, "tfidf_svm")]
+    assert all(point["low"] <= point["macro_f1"] <= point["high"] for point in report["fractions"])
+    assert report["fractions"][1]["macro_f1"] == report["models"][0]["macro_f1"]
+    assert (tmp_path / "curve_label_efficiency.png").exists()
+
+
+def test_errors_come_before_any_training(run, monkeypatch):
+    """A misspelt model or too many folds must not be found out after an hour."""
+    monkeypatch.setattr(cross_validation, "finetune", refuse)
+    with pytest.raises(compare.ComparisonError, match="model 'pretraned' is unknown: choose from"):
+        run("--models", "majority,pretraned")
+    with pytest.raises(SplitError, match="too few"):
+        run("--folds", "200")
