@@ -92,8 +92,8 @@ def causal_mask(query_length: int, key_length: int, device: torch.device) -> Ten
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where `mask` is True and the dtype's lowest number elsewhere, to be added to scores."""
-    if mask is None:
+    """0 where `mask` is True and the dtype's lowest number elsewhere, to be added to scores; None where nothing is masked."""
+    if mask is None or (mask.device.type == "cpu" and bool(mask.all())):  # elsewhere the question would cost a synchronisation
         return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -107,7 +107,7 @@ def plain_attention(
         query: (batch, heads, query_length, d_kv).
         key, value: (batch, heads, key_length, d_kv).
         bias: learned, broadcastable to (batch, heads, query_length, key_length), or None.
-        mask: bool, broadcastable to the same, True where attention is allowed, or None.
+        mask: additive, broadcastable to the same, or None.
         dropout_rate: share of the attention weights set to zero (the rest scaled up).
 
     Returns:
@@ -117,7 +117,7 @@ def plain_attention(
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
     return nn.functional.dropout(weights, dropout_rate) @ value
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from src.attention import additive, plain_attention, position_bias, split_heads
+from src.attention import plain_attention, position_bias, split_heads
 from src.slim_attention import StateWeights, attend_to_keys, attend_to_states
 
 SELF_KINDS, CROSS_KINDS = ("kv", "k", "x"), ("kv", "e")
@@ -151,7 +151,7 @@ class SharedEncoderOutput:
 
 def masked(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Learned bias and mask as one additive tensor."""
-    bias, mask = None if bias is None else bias.to(dtype), additive(mask, dtype)
+    bias, mask = (None if term is None else term.to(dtype) for term in (bias, mask))
     return bias if mask is None else mask if bias is None else bias + mask
 
 

@@ -11,10 +11,9 @@ from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
 from src.attention import SegmentError, segment_mask
+from src.fused_loss import IGNORED_LABEL, linear_cross_entropy
 from src.slim_generation import SlimGenerationMixin
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
-
-IGNORED_LABEL = -100
 
 
 def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_id: int) -> Tensor:
@@ -84,6 +83,7 @@ class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values=None,
         num_items_in_batch: Tensor | int | None = None,
+        output_logits: bool | None = None,
         **_: object,
     ) -> Seq2SeqLMOutput:
         """Logits and loss of a padded or a packed batch.
@@ -98,6 +98,7 @@ class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
             encoder_outputs: what `self.encoder` returned, in place of `input_ids`.
             past_key_values: `src.kv_cache.T5Cache`; `decoder_input_ids` then holds the new tokens only.
             num_items_in_batch: label tokens of the global batch, which the summed loss is divided by; None: of this one.
+            output_logits: False: with labels, return the loss alone, which saves the logits' memory. None: False in training.
 
         Returns:
             `loss` (scalar, if labels), `logits` (batch, target, vocab_size), `encoder_last_hidden_state`, `past_key_values`.
@@ -121,8 +122,12 @@ class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
             encoder_mask=cross_mask(attention_mask, encoder_segment_ids, decoder_segment_ids),
             cache=past_key_values,
         ).last_hidden_state
-        logits = self.lm_head(states * self.logit_scale)  # (batch, target, vocab_size)
-        loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
+        states = states * self.logit_scale
+        if labels is not None and (self.training if output_logits is None else not output_logits) and type(self.lm_head) is nn.Linear:
+            logits, loss = None, linear_cross_entropy(states, self.lm_head.weight, labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(states)  # (batch, target, vocab_size)
+            loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
 
     def _encode(self, input_ids, attention_mask, segment_ids, encoder_outputs) -> Tensor:

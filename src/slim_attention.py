@@ -99,7 +99,7 @@ def attend_to_keys(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | No
     Returns:
         (batch, heads, length, d_kv).
     """
-    batch, heads, length, d_kv = query.shape
+    batch, heads, length, _ = query.shape
     scores = query @ key.mT  # (batch, heads, length, keys)
     attention = torch.softmax(scores if bias is None else scores + bias, dim=-1)
     context = attention.reshape(batch, 1, heads * length, -1) @ key  # (batch, key's heads, heads x length, d_kv)

@@ -11,8 +11,17 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.attention import merge_heads, plain_attention, split_heads
+from src.dropout import dropout, relu_dropout
+from src.fast_attention import attention
+from src.norm import rms_norm
 
 FLOAT16_HEADROOM = 64.0  # a power of two: scaling by it is exact
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What products are computed in: autocast's dtype where it is on, else that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class T5LayerNorm(nn.Module):
@@ -24,9 +33,7 @@ class T5LayerNorm(nn.Module):
         self.epsilon = config.layer_norm_epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states.float()
-        scale = torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.epsilon)
-        return (self.weight * (hidden_states * scale)).to(self.weight.dtype)
+        return rms_norm(hidden_states.float(), self.weight, self.epsilon, compute_dtype(self.weight))
 
 
 class T5FeedForward(nn.Module):
@@ -37,14 +44,15 @@ class T5FeedForward(nn.Module):
         for name in ("wi_0", "wi_1") if config.is_gated_act else ("wi",):
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout_rate, self.is_gated, self.is_relu = config.dropout_rate, config.is_gated_act, config.feed_forward_proj == "relu"
         self.act = ACT2FN[config.dense_act_fn]
-        self.is_gated = config.is_gated_act
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = self.act(self.wi_0(hidden_states) if self.is_gated else self.wi(hidden_states))
-        inner = gate * self.wi_1(hidden_states) if self.is_gated else gate
-        inner = self.dropout(inner)  # (batch, length, d_ff)
+        if self.is_relu:
+            inner = relu_dropout(self.wi(hidden_states), self.dropout_rate, self.training)  # (batch, length, d_ff)
+        else:
+            gate = self.act(self.wi_0(hidden_states) if self.is_gated else self.wi(hidden_states))
+            inner = dropout(gate * self.wi_1(hidden_states) if self.is_gated else gate, self.dropout_rate, self.training)
         if inner.dtype != torch.float16:
             return self.wo(inner)
         # The sum over d_ff is what overflows float16 in T5, so it is taken on inputs that are 64 times smaller.
@@ -53,6 +61,8 @@ class T5FeedForward(nn.Module):
 
 class T5Attention(nn.Module):
     """Self-attention, or attention over another sequence; the bias comes from the stack."""
+
+    kernel = "auto"  # or "plain": the reference, src.attention.plain_attention
 
     def __init__(self, config: T5Config, layer_index: int, has_relative_attention_bias: bool = False) -> None:
         super().__init__()
@@ -77,14 +87,15 @@ class T5Attention(nn.Module):
 
         With a cache the layer's part of it decides what is stored and how the scores come about (src.kv_cache).
         """
-        query = split_heads(self.q(hidden_states), self.num_heads)
-        if cache is not None:
-            context = cache.attend(self, query, hidden_states if encoder_states is None else encoder_states, bias, mask)
-            return self.o(merge_heads(context))
         states = hidden_states if encoder_states is None else encoder_states
-        key, value = (split_heads(project(states), self.num_heads) for project in (self.k, self.v))
-        dropout_rate = self.dropout_rate if self.training else 0.0
-        return self.o(merge_heads(plain_attention(query, key, value, bias, mask, dropout_rate)))
+        query = self.q(hidden_states)  # (batch, length, heads x d_kv)
+        if cache is not None:
+            return self.o(merge_heads(cache.attend(self, split_heads(query, self.num_heads), states, bias, mask)))
+        key, value, rate = self.k(states), self.v(states), self.dropout_rate if self.training else 0.0
+        if self.kernel == "plain":
+            by_head = (split_heads(part, self.num_heads) for part in (query, key, value))
+            return self.o(merge_heads(plain_attention(*by_head, bias, mask, rate)))
+        return self.o(attention(query, key, value, bias, mask, self.num_heads, rate))
 
 
 class T5Sublayer(nn.Module):
@@ -92,13 +103,13 @@ class T5Sublayer(nn.Module):
 
     def __init__(self, config: T5Config, name: str, module: nn.Module) -> None:
         super().__init__()
-        self.layer_norm = T5LayerNorm(config)
         self.add_module(name, module)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.name = name
+        self.layer_norm = T5LayerNorm(config)
+        self.name, self.dropout_rate = name, config.dropout_rate
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        return hidden_states + self.dropout(getattr(self, self.name)(self.layer_norm(hidden_states), **kwargs))
+        branch = getattr(self, self.name)(self.layer_norm(hidden_states), **kwargs)
+        return hidden_states + dropout(branch, self.dropout_rate, self.training)
 
 
 class T5Block(GradientCheckpointingLayer):

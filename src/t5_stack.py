@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.attention import causal_mask, position_bias, segment_mask
-from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm
+from src.attention import additive, causal_mask, position_bias, segment_mask
+from src.dropout import dropout
+from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm, compute_dtype
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 TIED_WEIGHTS = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight")
@@ -62,6 +63,12 @@ class T5PreTrainedModel(PreTrainedModel):
             if hasattr(module, "lm_head") and not self.config.tie_word_embeddings:
                 init.normal_(module.lm_head.weight, std=factor)
 
+    def set_attention_kernel(self, kernel: str) -> None:
+        """Attend with `"plain"`, the readable reference, or `"auto"`, the fastest for the device."""
+        for module in self.modules():
+            if isinstance(module, T5Attention):
+                module.kernel = kernel
+
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
         """Stock `from_pretrained`, which here refuses checkpoints that are not T5 and weights that are not numbers."""
@@ -84,7 +91,6 @@ class T5Stack(T5PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList([T5Block(config, index) for index in range(config.num_layers)])
         self.final_layer_norm = T5LayerNorm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -118,14 +124,15 @@ class T5Stack(T5PreTrainedModel):
         """
         start = 0 if cache is None else cache.get_seq_length()
         length = input_ids.shape[1]
-        mask = self._mask(start, length, attention_mask, segment_ids, input_ids.device)
-        bias = self._bias(start, length, cache)
-        hidden_states = self.dropout(self.embed_tokens(input_ids).float())
+        rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
+        mask = additive(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
+        encoder_mask, bias = additive(encoder_mask, dtype), self._bias(start, length, cache)
+        hidden_states = dropout(self.embed_tokens(input_ids).float(), rate, self.training)
         for block in self.block:
             hidden_states = block(
                 hidden_states, bias=bias, mask=mask, encoder_states=encoder_states, encoder_mask=encoder_mask, cache=cache
             )
-        return BaseModelOutput(last_hidden_state=self.dropout(self.final_layer_norm(hidden_states)))
+        return BaseModelOutput(last_hidden_state=dropout(self.final_layer_norm(hidden_states), rate, self.training))
 
     def _bias(self, start: int, length: int, cache) -> Tensor:
         table, max_distance = self.block[0].layer[0].SelfAttention.relative_attention_bias, self.config.relative_attention_max_distance
@@ -140,7 +147,7 @@ class T5Stack(T5PreTrainedModel):
         if self.config.is_decoder and length > 1:
             causal = causal_mask(length, start + length, device)
             mask = causal if mask is None else mask & causal
-        return None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
+        return mask
 
 
 class T5Model(T5PreTrainedModel):

@@ -1,0 +1,73 @@
+"""Cross-entropy of the language modelling head without logits of all positions in memory.
+
+Positions whose label is ignored are left out, the rest go through the head in chunks, and the gradients of a chunk are taken while
+its logits are there. Costs the same three products as the plain way; the plain way is `modeling_t5.mean_loss(lm_head(states), labels)`.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+CHUNK_BYTES = 64 << 20  # logits that exist at once
+FLOAT_ROWS = 64  # of them in float32 at once: stays in the processor's cache
+
+
+def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Sum of -log softmax(states W^T)[label] over labels that are not -100, divided by `num_items` or by their number.
+
+    Args:
+        states: (..., d_model), in the dtype that the products shall use.
+        weight: (vocab_size, d_model).
+        labels: (...) int64.
+
+    Returns:
+        scalar float32.
+    """
+    labels = labels.flatten()
+    counted = labels != IGNORED_LABEL
+    num_items = counted.sum() if num_items is None else num_items
+    states, labels = states.flatten(0, -2)[counted], labels[counted]
+    needs_gradient = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(states, weight, labels, 1.0 / float(num_items) if num_items else 0.0, needs_gradient)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor, share: float, needs_gradient: bool) -> Tensor:
+        small = weight.to(states.dtype)
+        rows = max(FLOAT_ROWS, CHUNK_BYTES // (weight.shape[0] * states.element_size()))
+        total = states.new_zeros((), dtype=torch.float32)
+        d_states, d_weight = (torch.empty_like(states), None) if needs_gradient else (None, None)
+        with torch.autocast(states.device.type, enabled=False):
+            for first in range(0, len(states), rows):
+                chunk = slice(first, first + rows)
+                logits = states[chunk] @ small.t()  # (rows, vocab_size)
+                total += _loss_and_gradient_(logits, labels[chunk], share)
+                if needs_gradient:
+                    d_states[chunk] = logits @ small  # `logits` now hold their gradient
+                    part = (logits.t() @ states[chunk]).to(weight.dtype)
+                    d_weight = part if d_weight is None else d_weight.add_(part)
+        if needs_gradient:
+            ctx.save_for_backward(d_states, torch.zeros_like(weight) if d_weight is None else d_weight)
+        return total * share
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        d_states, d_weight = ctx.saved_tensors
+        if gradient.device.type == "cpu" and float(gradient) == 1.0:
+            return d_states, d_weight, None, None, None
+        return d_states * gradient.to(d_states.dtype), d_weight * gradient.to(d_weight.dtype), None, None, None
+
+
+def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Summed loss of (rows, vocab_size) logits, which are overwritten with `share` x its gradient."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for first in range(0, len(logits), FLOAT_ROWS):
+        rows = slice(first, first + FLOAT_ROWS)
+        exact, index = logits[rows].float(), labels[rows, None]
+        normaliser = torch.logsumexp(exact, dim=-1, keepdim=True)
+        total += (normaliser - exact.gather(1, index)).sum()
+        gradient = exact.sub_(normaliser).exp_()
+        gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+        logits[rows] = gradient.mul_(share)
+    return total

@@ -1,0 +1,30 @@
+"""Root mean square norm in float32 with its own backward, returning what the next projection reads."""
+
+import torch
+from torch import Tensor
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467, eq. 4) for float32 x, in the given dtype."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square_().div_(states.shape[-1]).add_(epsilon))  # (..., 1)
+        ctx.save_for_backward(states, weight, scale)
+        return torch.mul(states, scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        states, weight, scale = ctx.saved_tensors
+        gradient = gradient.to(states.dtype)
+        product = gradient * states
+        d_weight = (product * scale).flatten(0, -2).sum(0)
+        along = product.mul_(weight).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(states.shape[-1])  # (..., 1)
+        d_states = (gradient * weight).mul_(scale).sub_(states * along)
+        return d_states, d_weight.to(weight.dtype), None, None
+
+
+def rms_norm(states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """Norm over the last dimension of float32 `states`, multiplied by `weight`, as `dtype`."""
+    return _RmsNorm.apply(states, weight, epsilon, dtype)

@@ -1,0 +1,246 @@
+"""The model against stock `transformers`, packed rows against single examples, and the errors a user meets."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import T5Config
+
+from src.attention import SegmentError
+from src.fused_loss import linear_cross_entropy
+from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification, mean_loss, shift_right
+from src.t5_stack import ModelError
+
+V10 = {"feed_forward_proj": "relu"}
+V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+SIZES = (
+    {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4},
+    {"d_model": 48, "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2},  # inner width 16, not 48
+)
+CASES = [(version, size) for version in (V10, V11) for size in SIZES]
+
+
+def config_of(version: dict, size: dict, **more) -> T5Config:
+    return T5Config(vocab_size=120, dropout_rate=0.0, decoder_start_token_id=0, num_labels=3, **size, **version, **more)
+
+
+def stock_checkpoint(folder, version: dict, size: dict):
+    """A stock model with weights that make attention and bias matter, saved; v1.1 gets a head of its own."""
+    torch.manual_seed(0)
+    stock = transformers.T5ForConditionalGeneration(config_of(version, size)).eval()
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            parameter.mul_(4 if "relative" in name else 1)
+    if version is V11:
+        stock.lm_head.weight = torch.nn.Parameter(torch.randn_like(stock.lm_head.weight))
+        stock.all_tied_weights_keys.pop("lm_head.weight", None)
+    stock.save_pretrained(folder)
+    return stock
+
+
+def padded_batch(rows: int = 5, source: int = 17, target: int = 9):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(2, 120, (rows, source), generator=generator)
+    labels = torch.randint(2, 120, (rows, target), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(rows):
+        attention_mask[row, source - 3 * row :] = 0 if row else 1
+        labels[row, target - row :] = -100 if row else labels[row, target - row :]
+    return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask, "labels": labels}
+
+
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((ours - expected).norm() / expected.norm().clamp(min=1e-12)).detach())
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+@pytest.mark.parametrize(("version", "size"), CASES)
+def test_logits_loss_and_gradients_are_those_of_stock(tmp_path, version, size, kernel):
+    """Breaks when any formula departs from T5: the independent implementation decides."""
+    stock, batch = stock_checkpoint(tmp_path, version, size), padded_batch()
+    ours = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ours.set_attention_kernel(kernel)
+    expected, found = stock(**batch), ours(**batch)
+    assert (found.logits - expected.logits).abs().max() < 1e-5 * max(1.0, float(expected.logits.detach().abs().max()))
+    assert relative(found.loss, expected.loss) < 1e-5
+    expected.loss.backward()
+    found.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert set(gradients) == {name for name, _ in stock.named_parameters()}
+    for name, parameter in stock.named_parameters():
+        assert relative(gradients[name], parameter.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("version", [V10, V11])
+def test_checkpoints_interchange_in_a_process_without_src(tmp_path, version):
+    """Breaks when our files are anything but a stock checkpoint: safetensors, tied weights once, no trace of `src`."""
+    stock, batch = stock_checkpoint(tmp_path / "stock", version, SIZES[0]), padded_batch()
+    T5ForConditionalGeneration.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
+    torch.save({**batch, "logits": stock(**batch).logits}, tmp_path / "expected.pt")
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("ours", "stock")]
+    assert abs(sizes[0] - sizes[1]) < 1000
+    script = (
+        "import sys, torch, transformers\n"
+        "data = torch.load(sys.argv[2], weights_only=True); logits = data.pop('logits')\n"
+        "model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1]).eval()\n"
+        "assert 'src' not in sys.modules and type(model).__module__.startswith('transformers')\n"
+        "assert (model(**data).logits - logits).abs().max() < 1e-5\n"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "ours"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_initialisation_has_stocks_spread():
+    """Breaks when a factor is lost: T5 starts its weights at very different scales, and training depends on them."""
+    config = T5Config(
+        vocab_size=500, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0, initializer_factor=0.7
+    )
+    torch.manual_seed(0)
+    expected = dict(transformers.T5ForConditionalGeneration(config).named_parameters())
+    for name, parameter in T5ForConditionalGeneration(config).named_parameters():
+        assert float(parameter.std()) == pytest.approx(float(expected[name].std()), rel=0.2 if "relative" in name else 0.04), name
+        allowed = 6 * float(expected[name].std()) * parameter.numel() ** -0.5 + 1e-6
+        assert abs(float(parameter.mean() - expected[name].mean())) < allowed, name
+
+
+def packed_row():
+    """Three examples, their packed row, and its padding at the end of both sides."""
+    generator = torch.Generator().manual_seed(2)
+    sources = [torch.randint(2, 120, (1, n), generator=generator) for n in (5, 9, 3)]
+    targets = [torch.randint(2, 120, (1, n), generator=generator) for n in (4, 2, 6)]
+    row = {
+        "input_ids": torch.cat([*sources, torch.zeros(1, 3, dtype=torch.long)], dim=1),
+        "labels": torch.cat([*targets, torch.full((1, 2), -100)], dim=1),
+        "encoder_segment_ids": torch.tensor([[1] * 5 + [2] * 9 + [3] * 3 + [0] * 3]),
+        "decoder_segment_ids": torch.tensor([[1] * 4 + [2] * 2 + [3] * 6 + [0] * 2]),
+    }
+    return sources, targets, row
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+def test_packed_examples_are_what_they_are_alone(tmp_path, kernel):
+    """Breaks when a token sees another example, when positions or the right shift cross a border, or weights of the loss differ."""
+    stock_checkpoint(tmp_path, V10, SIZES[0])
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    model.set_attention_kernel(kernel)
+    sources, targets, row = packed_row()
+    found = model(**row)
+    alone = [model(input_ids=source, labels=target) for source, target in zip(sources, targets, strict=True)]
+    torch.testing.assert_close(found.logits[:, :12], torch.cat([one.logits for one in alone], dim=1), atol=1e-5, rtol=1e-5)
+    mean = sum(one.loss * target.shape[1] for one, target in zip(alone, targets, strict=True)) / 12
+    assert abs(float(found.loss - mean)) < 1e-5 * float(mean)
+    changed = row["input_ids"].clone()
+    changed[0, 5:14] = 7
+    other = model(**{**row, "input_ids": changed}).logits
+    kept = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert (other[0, kept] - found.logits[0, kept]).abs().max() < 1e-6
+    assert (other[0, 4:6] - found.logits[0, 4:6]).abs().max() > 1e-3
+
+
+def test_shift_right_starts_every_segment():
+    """The worked example of the design: breaks when an example is told the end of the one before it."""
+    labels, segments = torch.tensor([[3, 8, 1, 9, 1]]), torch.tensor([[1, 1, 1, 2, 2]])
+    assert shift_right(labels, segments, 0, 0).tolist() == [[0, 3, 8, 0, 9]]
+    assert shift_right(torch.tensor([[3, -100]]), None, 0, 5).tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_fused_loss_is_the_plain_loss(monkeypatch, num_items):
+    """Breaks when chunks, ignored labels or the divisor change the value or a gradient."""
+    monkeypatch.setattr("src.fused_loss.CHUNK_BYTES", 70 * 4 * 50)
+    monkeypatch.setattr("src.fused_loss.FLOAT_ROWS", 8)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 40, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 40), generator=generator)
+    labels[:, 25:] = -100
+    expected, found = mean_loss(states @ weight.t(), labels, num_items), linear_cross_entropy(states, weight, labels, num_items)
+    torch.testing.assert_close(found, expected)
+    for plain, fused in zip(
+        torch.autograd.grad(3 * expected, (states, weight)), torch.autograd.grad(3 * found, (states, weight)), strict=True
+    ):
+        torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_training_step_matches_stock_in_bf16():
+    """Breaks when the fast path loses more precision under autocast than stock T5 does."""
+    config = config_of(V10, SIZES[0])
+    torch.manual_seed(0)
+    stock, batch = transformers.T5ForConditionalGeneration(config).train(), padded_batch()
+    ours = T5ForConditionalGeneration(config).train()
+    ours.load_state_dict(stock.state_dict())
+    exact = torch.autograd.grad(stock(**batch).loss, list(stock.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model(**batch).loss for model in (stock, ours)]
+    errors = []
+    for model, loss in zip((stock, ours), losses, strict=True):
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, exact, strict=True)) ** 0.5)
+    assert errors[1] < 2 * errors[0]
+
+
+def test_classifier_opens_in_stock_and_packs(tmp_path):
+    """Breaks when `decoder_eos` departs from T5's own pooling, or when packed and single classification differ."""
+    torch.manual_seed(0)
+    model = T5ForSentimentClassification(config_of(V10, SIZES[0]), pooling="decoder_eos").eval()
+    model.save_pretrained(tmp_path / "eos")
+    stock = transformers.T5ForSequenceClassification.from_pretrained(tmp_path / "eos").eval()
+    batch = padded_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids[torch.arange(len(ids)), mask.sum(1) - 1] = 1
+    torch.testing.assert_close(model(ids, mask).logits, stock(ids, mask).logits, atol=1e-5, rtol=1e-5)
+    mean_model = T5ForSentimentClassification.from_pretrained(tmp_path / "eos", pooling="encoder_mean").eval()
+    assert not hasattr(mean_model.transformer, "decoder")
+    mean_model.save_pretrained(tmp_path / "mean")
+    assert T5ForSentimentClassification.from_pretrained(tmp_path / "mean").config.pooling == "encoder_mean"
+    sources, _, row = packed_row()
+    row["input_ids"][0, [4, 13, 16]] = 1
+    ends = [torch.cat([source[:, :-1], torch.ones(1, 1, dtype=torch.long)], dim=1) for source in sources]
+    for classifier in (model, mean_model):
+        packed = classifier(row["input_ids"], encoder_segment_ids=row["encoder_segment_ids"], labels=torch.tensor([[0, 2, 1, -100]]))
+        assert packed.logits.shape == (1, 4, 3)
+        alone = torch.stack([classifier(source).logits[0] for source in ends])
+        torch.testing.assert_close(packed.logits[0, :3], alone, atol=1e-5, rtol=1e-5)
+        expected = torch.nn.functional.cross_entropy(alone, torch.tensor([0, 2, 1]))
+        torch.testing.assert_close(packed.loss, expected)
+
+
+def test_float16_survives_sums_that_overflow_it():
+    """Breaks when the residual stream or the feed-forward sum is kept in float16: both leave its range here."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).eval()
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[-1].DenseReluDense.wo.weight.mul_(3e4)
+            block.layer[-1].DenseReluDense.wi.weight.mul_(20)
+    batch = padded_batch()
+    exact, found = model(**batch).logits, model.half()(**batch).logits
+    assert found.isfinite().all()
+    assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path):
+    """Breaks when a user gets a stack trace from inside torch in place of what to change."""
+    model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).eval()
+    _, _, row = packed_row()
+    with pytest.raises(ModelError, match="use the tokenizer saved with the checkpoint"):
+        model(input_ids=torch.tensor([[120]]), labels=torch.tensor([[1]]))
+    with pytest.raises(ModelError, match="pass labels to train"):
+        model(input_ids=torch.tensor([[3]]))
+    with pytest.raises(SegmentError, match="one segment id per token"):
+        model(**{**row, "encoder_segment_ids": row["encoder_segment_ids"][:, 1:]})
+    with pytest.raises(SegmentError, match="encoder_segment_ids is missing"):
+        model(**{**row, "encoder_segment_ids": None})
+    transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="holds a 'bert' model"):
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "bert")
+    model.encoder.block[1].layer[0].SelfAttention.q.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ModelError, match=r"encoder.block.1.layer.0.SelfAttention.q.weight holds NaN"):
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "nan")
+    with pytest.raises(ModelError, match="choose encoder_mean or decoder_eos"):
+        T5ForSentimentClassification(config_of(V10, SIZES[0]), pooling="max")
