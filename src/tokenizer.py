@@ -30,6 +30,7 @@ REQUIRED_CHARACTERS = "".join(map(chr, range(0x21, 0x7F))) + "€£"
 # Otherwise near ties far into a long text go wrong there, and `transformers`, which adds up in 64 bits, gives other ids.
 SCORE_STEP = 1 / 64
 LONGEST_EXACT = 50_000  # characters; worth about -80,000 in score, of the 262,144 that are exact
+LETTERS = re.compile(r"[^\W\d_]+")
 SPECIAL_TOKEN = re.compile(r"<(?=(?:pad|unk|/s|extra_id_\d{1,2})>)")
 SPECIAL_SCORE = -10_000.0  # below any spelling in plain pieces, so that text never becomes a special token
 
@@ -52,16 +53,16 @@ def split_at_spaces(text: str, characters: int) -> Iterator[str]:
 def training_sentences(texts: Iterable[str], frequent_words: int = 0) -> Iterator[str]:
     """Parts of the documents, within the bounds on what training sees, then the most frequent words once more.
 
-    SentencePiece looks for candidate pieces among *distinct* words: one that has a single form (never before a comma, never in
-    capitals) is no candidate, however frequent. So each frequent word is shown once more with a comma: 0.6 % fewer tokens on
-    2,000 news articles, 27 % fewer on the bundled sample.
+    SentencePiece takes its candidates from *distinct* words in which they are followed by different characters: a word always
+    followed by the same one (a space, a colon) is no candidate, however frequent. So each frequent word is shown once more,
+    before a comma. That makes 2 % fewer tokens of 2,000 news articles (16,000 ids) and 24 % fewer of the bundled sample (1,200).
     """
     characters, words = 0, Counter()
     for text in texts:
         for sentence in split_at_spaces(text[:CHARACTERS_PER_DOCUMENT], CHARACTERS_PER_SENTENCE):
             yield sentence
             characters += len(sentence)
-            words.update(sentence.split())
+            words.update(LETTERS.findall(sentence))
         if characters >= CHARACTERS_IN_ALL:
             break
     yield from split_at_spaces(" ".join(f"{word}," for word, _ in words.most_common(frequent_words)), CHARACTERS_PER_SENTENCE)
