@@ -5,20 +5,26 @@ without sentinels (they are easy, so leaving them out gives a higher, more hones
 models with different tokenizers.
 """
 
+import copy
+import itertools
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from transformers import T5Config
+from transformers.modeling_outputs import BaseModelOutput
 
 from src.collators import Documents, PackedEpoch, PretrainingBatches, sentinel_range
 from src.config import ModelSettings, PretrainingSettings
+from src.environment import best_precision
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
 from src.span_corruption import corrupted_lengths, example_rng, noise_mask
@@ -171,6 +177,41 @@ def written_spans(
             row = {"text before": before, "truth": tokenizer.decode(truth[number]), "written by the model": guess, "text after": after}
             rows.append({key: value.replace("<extra_id_", "⟨").replace(">", "⟩") for key, value in row.items()})
     return rows
+
+
+@torch.no_grad()
+def measure_decoding(
+    model: T5ForConditionalGeneration, source: PretrainingBatches, batches: Sequence[int] = (1, 8, 32), new_tokens: int = 32
+) -> pd.DataFrame:
+    """Size and speed of the standard and the slim cache on this model, in float32 and in the format that is fast here.
+
+    Returns:
+        Columns `kind`, `batch`, `mebibytes`, `tokens_per_second` (from the encoder output on, the better of two runs).
+    """
+    input_ids = source.epoch(0).batch(0, 1)["input_ids"].to(model.device)
+    fast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(best_precision())
+    rows = []
+    for dtype in filter(None, (torch.float32, fast)):
+        copied = copy.deepcopy(model).to(dtype).eval()
+        states = copied.encoder(input_ids).last_hidden_state  # (1, source, d_model)
+        for batch, kind in itertools.product(batches, ("kv", "x+e")):
+            repeated = states.expand(batch, -1, -1).contiguous()
+            seconds, size = min(decode_once(copied, kind, repeated, new_tokens) for _ in range(2))
+            speed = {"mebibytes": size / 2**20, "tokens_per_second": batch * new_tokens / seconds}
+            rows.append({"kind": f"{kind}, {str(dtype).removeprefix('torch.')}", "batch": batch, **speed})
+    return pd.DataFrame(rows)
+
+
+def decode_once(model: T5ForConditionalGeneration, kind: str, encoder_states: torch.Tensor, new_tokens: int) -> tuple[float, int]:
+    """Seconds of `new_tokens` greedy steps, and bytes of the cache at the end; `encoder_states` (batch, source, d_model)."""
+    outputs = BaseModelOutput(last_hidden_state=encoder_states)
+    ids = torch.full((len(encoder_states), 1), model.config.decoder_start_token_id, device=model.device)
+    started, cache = time.perf_counter(), model.new_cache(kind, new_tokens)
+    for _ in range(new_tokens):
+        logits = model(decoder_input_ids=ids, encoder_outputs=outputs, past_key_values=cache).logits
+        ids = logits[:, -1:].argmax(-1)
+    ids.tolist()  # waits for the device
+    return time.perf_counter() - started, cache.num_bytes()
 
 
 def summary(result: TrainingResult, model: nn.Module) -> dict[str, float]:
