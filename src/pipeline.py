@@ -76,15 +76,28 @@ def collapse_carriage_returns(text: str) -> str:
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
+def joined_streams(outputs: list[Any]) -> list[Any]:
+    """Outputs with consecutive pieces of one stream as one text: every step of a progress bar arrives as a piece of its own."""
+    joined: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            output.text = collapse_carriage_returns(output.text)
+    return joined
+
+
 def tidy(notebook: Any) -> None:
     """Leave in an executed notebook only what a reader wants: final bars, no run bookkeeping, no widget state."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = {"tags": tags} if tags else {}
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = collapse_carriage_returns(output.text)
+        if "outputs" in cell:
+            cell.outputs = joined_streams(cell.outputs)
 
 
 def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:

@@ -62,7 +62,7 @@ def rules_table(rules: Mapping[str, Mapping[str, int]], documents: int, caption:
             "% of texts": 100 * n["texts"] / max(documents, 1),
         }
         | {"characters removed": n["characters"]}
-        for name, n in rules.items()
+        for name, n in sorted(rules.items(), key=lambda item: list(RULES).index(item[0]))
     ]
     columns = ["rule", "what it does", "texts changed", "% of texts", "characters removed"]
     return with_bars(table(pd.DataFrame(rows, columns=columns), caption, decimals=1), "% of texts")
