@@ -1,0 +1,184 @@
+"""Default recipe against the T5 paper's, on the same tokens of the same clock: `python -m benchmarks.pretraining_recipe --minutes 20`.
+
+The baseline is stock `transformers` T5 with the paper's Adafactor and schedule, reading windows of the concatenated stream
+(it cannot take packed rows). Both take turns in slices of half a minute, so noise of the machine hits both alike;
+evaluations do not count. Both are evaluated by the same model class on the same packed validation rows. Reads the
+`tokenizer` and `pretraining_dataset` artifacts of a profile. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+import transformers
+
+from src import config
+from src.artifacts import open_artifact
+from src.collators import PretrainingBatches
+from src.config import PretrainingSettings
+from src.environment import best_precision
+from src.modeling_t5 import T5ForConditionalGeneration
+from src.optimizers import build_optimizer, learning_rate_factor
+from src.pretraining import SpanCorruptionEvaluation, new_model
+from src.tokenizer import TokenizedDocuments, load_tokenizer
+
+GOAL = 4.5  # nats per target token
+SLICE_SECONDS = 30.0
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Contestant:
+    """One recipe: model, optimizer, place in the data, and what it has spent."""
+
+    name: str
+    model: torch.nn.Module
+    source: PretrainingBatches
+    settings: PretrainingSettings
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    row: int = 0
+    epoch_number: int = 0
+    curve: list[dict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = build_optimizer(self.model, self.settings)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.epoch = self.source.epoch(0)
+
+    def take_slice(self, budget: float) -> None:
+        """Train for one slice of the clock, or what is left of `budget` seconds."""
+        end = min(self.seconds + SLICE_SECONDS, budget)
+        while self.seconds < end:
+            started = time.perf_counter()
+            self.step(self.seconds / budget)
+            self.seconds += time.perf_counter() - started
+
+    def step(self, progress: float) -> None:
+        rows = self.settings.rows_per_step
+        if self.row + rows > self.epoch.num_rows:
+            self.epoch_number, self.row = self.epoch_number + 1, 0
+            self.epoch = self.source.epoch(self.epoch_number)
+        factor = learning_rate_factor(self.settings.schedule, self.steps, self.settings.warmup_steps, progress)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate if group.get("relative_step") else rate * factor
+        self.model.train()
+        labels = self.epoch.num_labels(self.row, self.row + rows)
+        for start in range(self.row, self.row + rows, self.settings.rows_per_micro_batch):
+            batch = self.epoch.batch(start, start + self.settings.rows_per_micro_batch)
+            self.tokens += sum(int((batch[key] > 0).sum()) for key in ("encoder_segment_ids", "decoder_segment_ids"))
+            self.backward(batch, labels)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.row, self.steps = self.row + rows, self.steps + 1
+
+    def backward(self, batch: dict[str, torch.Tensor], labels: int) -> None:
+        with autocast():
+            if isinstance(self.model, transformers.T5ForConditionalGeneration):
+                real = int((batch["labels"] != -100).sum())
+                loss = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss * (real / labels)
+            else:
+                loss = self.model(**batch, num_items_in_batch=labels).loss
+        loss.backward()
+
+
+def autocast() -> torch.autocast:
+    dtype = AUTOCAST.get(best_precision())
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCorruptionEvaluation) -> None:
+    """Validation losses through one model class for both, so that packing and kernels are the same."""
+    judge.load_state_dict(contestant.model.state_dict())
+    with autocast():
+        metrics = evaluation(judge.eval())
+    point = {"minutes": contestant.seconds / 60, "steps": contestant.steps, "tokens": contestant.tokens, **metrics}
+    contestant.curve.append(point)
+    loss, bits = metrics["validation_loss"], metrics["validation_bits_per_word"]
+    print(
+        f"{contestant.name:>9} {point['minutes']:6.2f} min {contestant.steps:6} steps {contestant.tokens:11,} tokens  "
+        f"loss {loss:.3f}  {bits:.2f} bits per word",
+        flush=True,
+    )
+
+
+def contestants(settings: config.Settings, tokenizer, documents) -> list[Contestant]:
+    """Baseline and default, from the same first weights."""
+    default = settings.pretraining
+    baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
+    model = new_model(settings.model, tokenizer, default.seed)
+    paper = replace(settings.model, feed_forward_proj="relu", tie_word_embeddings=True)
+    ours = new_model(paper, tokenizer, default.seed)
+    stock = transformers.T5ForConditionalGeneration(ours.config)
+    stock.load_state_dict(ours.state_dict())
+    return [
+        Contestant("baseline", stock, PretrainingBatches(documents, tokenizer, baseline), baseline),
+        Contestant("default", model, PretrainingBatches(documents, tokenizer, default), default),
+    ]
+
+
+def minutes_to_goal(curve: list[dict]) -> float | None:
+    return next((round(point["minutes"], 2) for point in curve if point["validation_loss"] < GOAL), None)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="for each of the two")
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--evaluate-every", type=float, default=1.0, help="minutes of training between evaluations")
+    parser.add_argument("--validation-rows", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another setting of the default recipe")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    pairs = (pair.partition("=") for pair in options.set)
+    settings = config.settings_for(options.profile, {key: parse_value(value) for key, _, value in pairs})
+    tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
+    folder = open_artifact(settings, "pretraining_dataset").path
+    both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))
+    validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining, rows=16)
+    evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
+    judges = {each.name: T5ForConditionalGeneration(each.model.config) for each in both}
+    budget = options.minutes * 60
+    while any(each.seconds < budget for each in both):
+        for each in both:
+            each.take_slice(budget)
+            last = each.curve[-1]["minutes"] if each.curve else 0.0
+            if each.seconds / 60 - last >= options.evaluate_every or each.seconds >= budget:
+                evaluate(each, judges[each.name], evaluation)
+    print(json.dumps(report(both, options)))
+
+
+def report(both: list[Contestant], options: argparse.Namespace) -> dict:
+    result: dict = {"minutes": options.minutes, "threads": options.threads, "profile": options.profile}
+    for each in both:
+        last = each.curve[-1]
+        result |= {
+            f"{each.name}_loss": round(last["validation_loss"], 4),
+            f"{each.name}_loss_without_sentinels": round(last["validation_loss_without_sentinels"], 4),
+            f"{each.name}_bits_per_word": round(last["validation_bits_per_word"], 4),
+            f"{each.name}_tokens": each.tokens,
+            f"{each.name}_steps": each.steps,
+            f"{each.name}_minutes_to_4_5": minutes_to_goal(each.curve),
+        }
+    return result
+
+
+def parse_value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    main()
