@@ -118,7 +118,14 @@ def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a debugger's warning that readers of the notebook do not need
     try:
         papermill.execute_notebook(
-            ROOT / stage.notebook, copy, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False, stdout_file=relay
+            ROOT / stage.notebook,
+            copy,
+            parameters,
+            cwd=ROOT,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=relay,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns that it listens on localhost
         )
     except papermill.PapermillExecutionError as error:
         raise StageError(f"{stage.notebook} stopped: {error.ename}: {error.evalue} (see {copy})") from None
