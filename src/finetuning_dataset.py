@@ -6,19 +6,21 @@ groups that no split divides. A published validation split becomes the test spli
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from src.cleaning import RuleCounts, clean, rules_of
 from src.config import LabelledSettings
 from src.deduplication import near_duplicate_groups
 from src.labels import LABELS
 from src.overlap import find_overlap
+from src.progress import progress_bar
 from src.sources import read_labelled
 from src.splits import SPLITS, SplitError, check_classes, grouped_stratified_split
 from src.word_ngrams import comparison_key, digest
@@ -55,6 +57,11 @@ class LabelledTexts:
     def of_split(self, split: str) -> pd.DataFrame:
         return self.frame[self.frame["split"] == split]
 
+    def near_duplicates(self) -> list[tuple[pd.Series, pd.Series]]:
+        """The first two rows of every group of several texts."""
+        repeated = self.frame[self.frame.duplicated("group", keep=False)]
+        return [(rows.iloc[0], rows.iloc[1]) for _, rows in repeated.groupby("group")]
+
 
 def read_cleaned(settings: LabelledSettings) -> LabelledTexts:
     """Read the main file, and the published validation split if there is one, and clean them."""
@@ -69,6 +76,15 @@ def read_cleaned(settings: LabelledSettings) -> LabelledTexts:
     texts.counts["rows read"] = len(texts.frame)
     texts.drop("without text", (texts.frame["text"] == "") & ~texts.frame["published"])
     return texts
+
+
+def pretraining_texts(folder: Path) -> Iterator[str]:
+    """Stream the documents of a pretraining_dataset artifact, a few megabytes at a time."""
+    parquet = pq.ParquetFile(folder / "documents.parquet")
+    with progress_bar(total=parquet.metadata.num_rows, desc="look for overlap", unit=" documents") as bar:
+        for batch in parquet.iter_batches(batch_size=1_024, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+            bar.update(len(batch))
 
 
 def dropped_texts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -191,7 +207,7 @@ def write_finetuning_dataset(texts: LabelledTexts, settings: LabelledSettings, f
 
 def report_of(texts: LabelledTexts, settings: LabelledSettings) -> dict[str, Any]:
     frame = texts.frame
-    sides = frame.groupby("group")["split"].nunique()
+    train_groups = frame["group"][frame["split"] == "train"]
     by_split: Mapping[str, pd.DataFrame] = {split: texts.of_split(split) for split in SPLITS}
     return {
         "counts": texts.counts,
@@ -202,8 +218,8 @@ def report_of(texts: LabelledTexts, settings: LabelledSettings) -> dict[str, Any
         "in_pretraining": {split: int(rows["in_pretraining"].sum()) for split, rows in by_split.items()},
         "groups": int(frame["group"].nunique()),
         "groups_of_several_texts": int((frame["group"].value_counts() > 1).sum()),
-        "groups_on_two_sides": int((sides > 1).sum()),
         "random_split_leak": texts.leak,
+        "test_texts_with_near_duplicate_in_train": int(by_split["test"]["group"].isin(train_groups).sum()),
         "boilerplate": texts.boilerplate.head(LISTED).to_dict("records"),
         "conflicts": texts.conflicts.head(LISTED).to_dict("records"),
         "split_seed": settings.seed,

@@ -54,6 +54,14 @@ def test_class_shares_are_close_on_every_side(group_size):
         assert np.bincount(inside, minlength=3) / len(inside) == pytest.approx(share, abs=0.03)
 
 
+def test_large_groups_are_placed_first():
+    """Placed last, a large group finds every part full and overfills one."""
+    labels = np.arange(1_200) % 3
+    groups = np.concatenate([np.repeat(np.arange(12), 45), np.arange(100, 760)])
+    split = grouped_stratified_split(labels, groups, FRACTIONS, 0)
+    assert np.bincount(split) / len(labels) == pytest.approx(FRACTIONS, abs=0.005)
+
+
 def test_the_seed_alone_decides():
     """A split that differs between runs makes results incomparable; a seed that is ignored makes repeats worthless."""
     labels, groups = labelled_groups(1, 600)
