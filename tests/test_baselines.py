@@ -16,11 +16,11 @@ def labelled(texts, labels):
 
 
 def test_word_list_reads_direction_words_and_draws_are_neutral():
-    """A word list that matches parts of words (`up` in `supply`) is a straw man, not a baseline."""
+    """A word list that matches parts of words (`up` in `startup`) is a straw man, not a baseline."""
     texts = [
         "Profits rose and sales gained",
         "Shares fell after a profit warning on losses",
-        "The supply meeting is on Monday",
+        "The startup meets on Monday",
         "Up and down",
     ]
     found = baselines.word_list(labelled(texts, [2, 0, 1, 1]))
@@ -44,8 +44,11 @@ def test_svm_sees_pairs_of_words_and_keeps_its_own_labels():
     frame = labelled(texts, labels)
     found = baselines.tfidf_svm(frame.iloc[:90], frame.iloc[90:])
     assert (found["prediction"] == found["label"]).all()
-    pipeline = baselines.tfidf_svm_pipeline().fit(frame["text"][:90], frame["label"][:90])
-    assert found["prediction"].tolist() == pipeline.predict(frame["text"][90:]).tolist()
+    noise = frame.assign(label=rng.choice(3, 120, p=[0.1, 0.7, 0.2]))  # where sigmoid and SVM disagree
+    found = baselines.tfidf_svm(noise.iloc[:90], noise.iloc[90:])
+    pipeline = baselines.tfidf_svm_pipeline().fit(noise["text"][:90], noise["label"][:90])
+    assert found["prediction"].tolist() == pipeline.predict(noise["text"][90:]).tolist()
+    assert (found[list(evaluation.PROBABILITY_COLUMNS)].to_numpy().argmax(1) != found["prediction"]).any()
 
 
 def test_a_class_without_training_text_is_named():

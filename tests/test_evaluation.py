@@ -82,6 +82,9 @@ def test_paired_comparison_sees_what_single_intervals_hide():
 
 def test_temperature_repairs_overconfidence_and_keeps_the_order():
     """Temperature scaling fitted wrongly would change labels or leave confidence as wrong as it was."""
+    assert evaluation.scale_temperature(np.array([[0.64, 0.32, 0.04]]), 2).tolist()[0] == pytest.approx(
+        np.sqrt([0.64, 0.32, 0.04]) / 1.5657, rel=1e-3
+    )
     rng = np.random.default_rng(3)
     honest_validation, honest_test = judged(rng, 4_000), judged(rng, 4_000)
     overconfident = []
@@ -97,9 +100,9 @@ def test_temperature_repairs_overconfidence_and_keeps_the_order():
 
 
 def test_calibration_error_by_hand():
-    """Four texts at confidence 0.9, half of them right: the gap is 0.4; two at 0.6, both right: 0.4. Together 0.4."""
+    """Four texts at confidence 0.9, half of them right: the gap is 0.4; two at 0.6, one right: 0.1. Weighted by texts: 0.3."""
     probabilities = np.array([[0.9, 0.05, 0.05]] * 4 + [[0.2, 0.6, 0.2]] * 2)
-    assert evaluation.expected_calibration_error(probabilities, np.array([0, 0, 1, 2, 1, 1])) == pytest.approx(0.4)
+    assert evaluation.expected_calibration_error(probabilities, np.array([0, 0, 1, 2, 1, 0])) == pytest.approx(0.3)
 
 
 def test_tables_name_the_texts():
