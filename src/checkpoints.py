@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2  # the newest and one to fall back to
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.safetensors", "optimizer.safetensors", "state.json", "training_log.jsonl"
-FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every")  # settings that leave the result of a run as it is
+FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every", "tracker")  # settings that leave the result of a run as it is
 
 
 class CheckpointError(ValueError):

@@ -111,6 +111,7 @@ class TrainingSettings:
     checkpoint_every: int = 200  # steps
     early_stop_evaluations: int | None = None  # stop after this many evaluations without a new best
     precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
+    tracker: str | None = None  # "tensorboard", "trackio", ...: also log to it, if it is installed
     seed: int = 0
 
     def __post_init__(self) -> None:

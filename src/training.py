@@ -9,41 +9,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from src.checkpoints import Checkpoints, TrainingState, run_digest
 from src.config import TrainingSettings
-from src.environment import best_precision
+from src.gradients import Epoch, StepGradients, TrainingError
 from src.interruption import StopRequest
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.training_bar import TrainingBar
 
 MOST_STEPS_SKIPPED = 20  # in a row, by the fp16 gradient scaler, before it counts as divergence
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TrainingError(ValueError):
-    """Training cannot go on; says what to change."""
-
-
-class Epoch(Protocol):
-    """What the loop asks of an epoch; see `src.collators.PackedEpoch`."""
-
-    num_rows: int
-
-    def batch(self, start: int, stop: int) -> dict[str, torch.Tensor]: ...
-
-    def num_labels(self, start: int, stop: int) -> int: ...
-
-    def rows_example_ids(self, start: int, stop: int) -> list[int]: ...
 
 
 class Source(Protocol):
@@ -118,28 +98,23 @@ class TrainingRun:
         higher_is_better: bool,
         run_inputs: Mapping[str, Any],
     ) -> None:
-        self.source, self.settings, self.evaluate = source, settings, evaluate
+        self.model, self.source, self.settings, self.evaluate = model, source, settings, evaluate
         self.monitor, self.sign = monitor, 1.0 if higher_is_better else -1.0
-        precision = best_precision() if settings.precision == "auto" else settings.precision
-        # Unused parameters are those of a decoder that an encoder-only head never runs.
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        self.autocast_dtype = AUTOCAST.get(precision)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=precision == "fp16")
-        digest = run_digest(model, settings, source, {**run_inputs, "precision": precision})
+        self.gradients = StepGradients(model, settings, tracker_folder=str(output_dir))
+        self.accelerator = self.gradients.accelerator
+        digest = run_digest(model, settings, source, {**run_inputs, "precision": self.gradients.precision})
         self.checkpoints = Checkpoints(Path(output_dir) / f"run-{digest[:12]}")
-        self.model = self.accelerator.prepare_model(model)
-        self.bare_model = model
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, settings)
         self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.micro_rows = settings.rows_per_micro_batch
         self.state, self.log = TrainingState(), []
+        if settings.tracker:
+            self.accelerator.init_trackers(self.checkpoints.folder.name)
 
     # --- where the run stands ---
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one."""
-        if (found := self.checkpoints.load_newest(self.bare_model, self.optimizer, self.scaler)) is not None:
+        if (found := self.checkpoints.load_newest(self.model, self.optimizer, self.gradients.scaler)) is not None:
             self.state, self.log = found
             print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
         self.clock_start = time.monotonic() - self.state.seconds
@@ -161,90 +136,63 @@ class TrainingRun:
 
     # --- one step ---
 
+    def rows_of(self, step_in_epoch: int) -> tuple[int, int]:
+        """First row of a step and of the next: an epoch's rows are shared out evenly, so no step is left with a few."""
+        return tuple(self.epoch.num_rows * at // self.steps_in_epoch for at in (step_in_epoch, step_in_epoch + 1))
+
     def take_step(self, stop: StopRequest) -> bool:
         """One optimizer step on the next `rows_per_step` rows. Returns whether any process was asked to stop."""
         state, began = self.state, time.monotonic()
-        rows = [self.epoch.num_rows * at // self.steps_in_epoch for at in (state.step_in_epoch, state.step_in_epoch + 1)]
-        factor = learning_rate_factor(self.settings.schedule, state.step, self.settings.warmup_steps, self.progress())
-        for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
-            group["lr"] = rate if group.get("relative_step") else rate * factor
-        loss, tokens = self.accumulate_gradients(*rows)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        rows = self.rows_of(state.step_in_epoch)
+        self.set_learning_rate()
+        loss, tokens = self.gradients.accumulate(self.epoch, *rows, state.step)
+        self.gradients.scaler.unscale_(self.optimizer)
+        norm = self.gradients.clip()
+        if state.step_in_epoch + 1 < self.steps_in_epoch:
+            self.gradients.prepare(self.epoch, *self.rows_of(state.step_in_epoch + 1))
         clock = time.monotonic() - self.clock_start if self.accelerator.is_main_process else 0.0
-        loss, tokens, stops, state.seconds = self.sum_over_processes(loss.item(), tokens, float(stop.requested), clock)
+        loss, tokens, stops, state.seconds = self.gradients.sum_over_processes(loss.item(), tokens, float(stop.requested), clock)
         self.update_weights(loss, norm.item(), rows)
         state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
-        seconds = time.monotonic() - began
-        record = {"step": state.step, "epoch": state.epoch, "loss": loss, "gradient_norm": norm.item(), "learning_rate": group["lr"]}
-        self.log.append(record | {"tokens": state.tokens, "seconds": state.seconds, "tokens_per_second": tokens / seconds})
+        self.record(
+            loss=loss,
+            gradient_norm=norm.item(),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            tokens_per_second=tokens / (time.monotonic() - began),
+        )
         if state.step_in_epoch == self.steps_in_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             self.open_epoch()
         return stops > 0
 
-    def accumulate_gradients(self, start: int, stop: int) -> tuple[torch.Tensor, float]:
-        """Gradient of the mean loss over the labels of all rows `start..stop`; halves the micro-batch when memory runs out.
+    def set_learning_rate(self) -> None:
+        factor = learning_rate_factor(self.settings.schedule, self.state.step, self.settings.warmup_steps, self.progress())
+        for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
+            group["lr"] = rate if group.get("relative_step") else rate * factor
 
-        Returns:
-            This process's share of that loss, and the real tokens it read.
-        """
-        while True:
-            try:
-                return self.backward(start, stop)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.micro_rows == 1 or self.accelerator.num_processes > 1:
-                    raise TrainingError(
-                        f"out of memory with {self.micro_rows} row(s) at a time: lower rows_per_micro_batch or the row lengths"
-                    ) from error
-            self.micro_rows //= 2
-            print(f"out of memory: going on with {self.micro_rows} rows at a time, the global batch stays {self.settings.rows_per_step}")
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def backward(self, start: int, stop: int) -> tuple[torch.Tensor, float]:
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(step_seed(self.settings.seed, self.state.step, process))  # dropout
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        num_labels = max(1, self.epoch.num_labels(start, stop))
-        first, last = (start + (stop - start) * share // processes for share in (process, process + 1))
-        empty = first == last  # more processes than rows: take part with a weight of nothing
-        bounds = [(row, min(row + self.micro_rows, last)) for row in range(first, last, self.micro_rows)] or [(start, start + 1)]
-        total, tokens = torch.zeros((), device=self.accelerator.device), 0.0
-        for bound in bounds:
-            batch = self.epoch.batch(*bound)
-            tokens += 0 if empty else count_tokens(batch)
-            batch = {key: values.to(self.accelerator.device, non_blocking=True) for key, values in batch.items()}
-            with nullcontext() if bound == bounds[-1] else self.accelerator.no_sync(self.model):
-                with self.autocast():
-                    loss = self.model(**batch, num_items_in_batch=num_labels).loss * (0.0 if empty else 1.0)
-                # Gradients are averaged over processes, and the loss is to be summed.
-                self.accelerator.backward(self.scaler.scale(loss * processes))
-            total += loss.detach().float()
-        return total, tokens
-
-    def autocast(self) -> AbstractContextManager:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, self.autocast_dtype)
-
-    def update_weights(self, loss: float, norm: float, rows: list[int]) -> None:
+    def update_weights(self, loss: float, norm: float, rows: tuple[int, int]) -> None:
         """The optimizer's step, unless loss or gradient is not finite.
 
         Raises:
             TrainingError: not finite; the examples' ids are written beside the checkpoints.
         """
-        skipped = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        scaler = self.gradients.scaler
+        # A gradient that overflows fp16 is the scaler's daily business: it skips the step and scales less.
+        skipped = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
         self.state.steps_skipped = self.state.steps_skipped + 1 if skipped else 0
-        if not (math.isfinite(loss) and (math.isfinite(norm) or (self.state.steps_skipped <= MOST_STEPS_SKIPPED and skipped))):
+        if not (math.isfinite(loss) and math.isfinite(norm)) and (not skipped or self.state.steps_skipped > MOST_STEPS_SKIPPED):
             self.report_non_finite(loss, norm, rows)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        scaler.step(self.optimizer)
+        scaler.update()
 
-    def report_non_finite(self, loss: float, norm: float, rows: list[int]) -> None:
+    def record(self, **values: float) -> None:
+        """Add a record to the log, and to the tracker if there is one."""
+        state = self.state
+        self.log.append({"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": state.seconds, **values})
+        if self.settings.tracker:
+            self.accelerator.log(values, step=state.step)
+
+    def report_non_finite(self, loss: float, norm: float, rows: tuple[int, int]) -> None:
         path = self.checkpoints.folder / "non_finite.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         where = {"step": self.state.step + 1, "epoch": self.state.epoch, "loss": str(loss), "gradient_norm": str(norm)}
@@ -255,11 +203,6 @@ class TrainingRun:
             f"the examples in {path}; the last good checkpoint is kept"
         )
 
-    def sum_over_processes(self, *values: float) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum").tolist()
-
     # --- between steps ---
 
     def evaluate_if_due(self, on_evaluation: Callable[[list[dict]], None] | None, force: bool = False) -> None:
@@ -267,17 +210,17 @@ class TrainingRun:
         due = force or state.step % self.settings.evaluate_every == 0
         if not due or state.evaluated_step == state.step:
             return
-        self.bare_model.eval()
-        with torch.no_grad(), self.autocast():
-            metrics = self.evaluate(self.bare_model)
+        self.model.eval()
+        with torch.no_grad(), self.gradients.autocast():
+            metrics = self.evaluate(self.model)
         state.evaluated_step = state.step
         if math.isfinite(metrics[self.monitor]) and (state.best is None or self.sign * (metrics[self.monitor] - state.best) > 0):
             state.best, state.best_step, state.evaluations_without_best = metrics[self.monitor], state.step, 0
             if self.accelerator.is_main_process:
-                self.checkpoints.save_best(self.bare_model, state, metrics)
+                self.checkpoints.save_best(self.model, state, metrics)
         else:
             state.evaluations_without_best += 1
-        self.log.append({"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": state.seconds, **metrics})
+        self.record(**metrics)
         if on_evaluation is not None and self.accelerator.is_main_process:
             on_evaluation(self.log)
 
@@ -287,7 +230,7 @@ class TrainingRun:
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.bare_model, self.optimizer, self.scaler, self.state, self.log)
+            self.checkpoints.save(self.model, self.optimizer, self.gradients.scaler, self.state, self.log)
         self.accelerator.wait_for_everyone()
 
     def finish(self, on_evaluation: Callable[[list[dict]], None] | None) -> TrainingResult:
@@ -296,25 +239,11 @@ class TrainingRun:
             self.evaluate_if_due(on_evaluation, force=True)
             self.state.finished = True
             self.save()
-        best = self.checkpoints.load_best(self.bare_model)
-        self.bare_model.eval()
-        return TrainingResult(self.bare_model, self.log, best, True, self.checkpoints.folder, self.state, self.steps_in_epoch)
+        if self.settings.tracker:
+            self.accelerator.end_training()
+        best = self.checkpoints.load_best(self.model)
+        self.model.eval()
+        return TrainingResult(self.model, self.log, best, True, self.checkpoints.folder, self.state, self.steps_in_epoch)
 
     def show_progress(self) -> TrainingBar:
         return TrainingBar(self.progress(), disable=not self.accelerator.is_main_process or self.state.finished)
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """Seed of one step's random numbers on one process: nothing to save, nothing to lose."""
-    return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:
-    """Real tokens on both sides of a batch; all of them where there are no segment ids."""
-    segments = [values for key, values in batch.items() if key.endswith("segment_ids")]
-    return float(sum(int((values > 0).sum()) for values in segments)) or float(batch["input_ids"].numel())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # On CPU, torch raises a plain RuntimeError with these words.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)

@@ -17,9 +17,10 @@ import torch
 
 from src import checkpoints as checkpoints_module
 from src import verified_folders
+from src.gradients import step_seed
 from src.interruption import TrainingInterrupted
 from src.optimizers import learning_rate_factor
-from src.training import TrainingError, TrainingRun, step_seed, train
+from src.training import TrainingError, TrainingRun, train
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -45,9 +46,9 @@ def child_run(folder, pause=0.0, fault=None, dropped_randomness=False):
     """In a child: train quietly, dying at `fault`, a (place, call number) pair of `FAULTS`."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if dropped_randomness:
-            from src import training
+            from src import gradients
 
-            training.step_seed = lambda seed, step, process: int.from_bytes(os.urandom(4), "little")
+            gradients.step_seed = lambda seed, step, process: int.from_bytes(os.urandom(4), "little")
         if pause:
             tiny_run.slow_down(pause)
         if fault:
@@ -317,3 +318,17 @@ def test_schedule_by_integers():
 def test_step_seeds_differ():
     """One seed for two steps or processes repeats dropout masks."""
     assert len({step_seed(seed, step, process) for seed in range(3) for step in range(20) for process in range(3)}) == 180
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bit_formats_learn(tmp_path, precision):
+    """Each format has its own path through the loop (autocast, gradient scaler); weights stay float32 in both."""
+    result = tiny_run.run(tmp_path, precision=precision)
+    losses = [record["loss"] for record in result.log if "loss" in record]
+    assert losses[-1] < losses[0] - 0.2
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="tracker no_such_tracker is not installed: pip install"):
+        tiny_run.run(tmp_path, tracker="no_such_tracker")

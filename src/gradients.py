@@ -1,0 +1,149 @@
+"""The gradient of one optimizer step, however many micro-batches and processes it takes, in the number format of the device.
+
+bf16 where the device computes it natively, fp16 with a gradient scaler on older GPUs, float32 otherwise; weights and
+the residual stream stay float32 in all of them. A step that runs out of memory is taken again in smaller pieces.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from src.config import TrainingSettings
+from src.environment import best_precision
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; says what to change."""
+
+
+class Epoch(Protocol):
+    """What the loop asks of an epoch; see `src.collators.PackedEpoch`."""
+
+    num_rows: int
+
+    def batch(self, start: int, stop: int) -> dict[str, torch.Tensor]: ...
+
+    def num_labels(self, start: int, stop: int) -> int: ...
+
+    def rows_example_ids(self, start: int, stop: int) -> list[int]: ...
+
+
+class StepGradients:
+    """Computes gradients into `model`; knows device, number format, processes and how many rows fit in memory.
+
+    Attributes:
+        precision: "fp32", "bf16" or "fp16", decided.
+        micro_rows: rows held in memory at once; halved when memory runs out.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainingSettings, tracker_folder: str | None = None) -> None:
+        if settings.tracker and importlib.util.find_spec(settings.tracker) is None:
+            raise TrainingError(f"tracker {settings.tracker} is not installed: pip install {settings.tracker}, or set tracker to None")
+        # Unused parameters are those of a decoder that an encoder-only head never runs.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        self.accelerator = Accelerator(kwargs_handlers=handlers, log_with=settings.tracker, project_dir=tracker_folder)
+        self.precision = best_precision() if settings.precision == "auto" else settings.precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.model = self.accelerator.prepare_model(model)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.settings = settings
+        self.micro_rows = settings.rows_per_micro_batch
+        self.ready: tuple[object, list[dict[str, torch.Tensor]]] = (None, [])
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = AUTOCAST.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def accumulate(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
+        """Gradient of the mean loss over the labels of all rows `start..stop`, summed over micro-batches and processes.
+
+        Returns:
+            This process's share of that loss, on the device, and the real tokens it read.
+
+        Raises:
+            TrainingError: no memory for one row at a time.
+        """
+        while True:
+            try:
+                return self._backward(epoch, start, stop, step)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.micro_rows == 1 or self.accelerator.num_processes > 1:
+                    cure = "lower rows_per_micro_batch or the row lengths"
+                    raise TrainingError(f"out of memory with {self.micro_rows} row(s) at a time: {cure}") from error
+            self.micro_rows //= 2
+            print(f"out of memory: going on with {self.micro_rows} rows at a time, the global batch stays {self.settings.rows_per_step}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
+        processes = self.accelerator.num_processes
+        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))  # dropout
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        num_labels = max(1, epoch.num_labels(start, stop))
+        batches, weight = self._batches(epoch, start, stop)
+        total, tokens = torch.zeros((), device=self.device), 0.0
+        for number, batch in enumerate(batches, 1):
+            tokens += weight * count_tokens(batch)
+            batch = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
+                with self.autocast():
+                    loss = self.model(**batch, num_items_in_batch=num_labels).loss * weight
+                # Gradients are averaged over processes, and the loss is to be summed.
+                self.accelerator.backward(self.scaler.scale(loss * processes))
+            total += loss.detach().float()
+        return total, tokens
+
+    def _batches(self, epoch: Epoch, start: int, stop: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """This process's micro-batches, and their weight: 0 where there are more processes than rows, to take part all the same."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        first, last = (start + (stop - start) * share // processes for share in (process, process + 1))
+        weight = float(first < last)
+        bounds = [(row, min(row + self.micro_rows, last)) for row in range(first, last, self.micro_rows)] or [(start, start + 1)]
+        if self.ready[0] != (id(epoch), bounds):
+            self.ready = ((id(epoch), bounds), [epoch.batch(*bound) for bound in bounds])
+        return self.ready[1], weight
+
+    def prepare(self, epoch: Epoch, start: int, stop: int) -> None:
+        """Make the next step's batches now, while an accelerator is still busy with this one's."""
+        if self.device.type != "cpu":
+            self._batches(epoch, start, stop)
+
+    def clip(self) -> torch.Tensor:
+        """Norm of the whole gradient before clipping, on the device."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+
+    def sum_over_processes(self, *values: float) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum").tolist()
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Seed of one step's random numbers on one process: nothing to save, nothing to lose."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:
+    """Real tokens on both sides of a batch; all of them where there are no segment ids."""
+    segments = [values for key, values in batch.items() if key.endswith("segment_ids")]
+    return float(sum(int((values > 0).sum()) for values in segments)) or float(batch["input_ids"].numel())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # On CPU, torch raises a plain RuntimeError with these words.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
