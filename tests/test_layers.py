@@ -10,7 +10,7 @@ LAYERS = {
     1: "sources source_locations file_formats hub_datasets sample_data sample_lexicon cleaning deduplication word_ngrams splits tokenizer "
     "span_corruption packing attention dropout",
     2: "pretraining_dataset finetuning_dataset collators t5_layers t5_stack modeling_t5 kv_cache slim_attention slim_generation",
-    3: "optimizers checkpoints interruption training_bar training pretraining qlora inference finetuning evaluation baselines "
+    3: "optimizers checkpoints interruption training_bar gradients training pretraining qlora inference finetuning evaluation baselines "
     "cross_validation display",
     4: "predict compare pipeline",
 }
