@@ -87,8 +87,7 @@ class Documents:
 def cleaned_documents(settings: CorpusSettings, documents: Documents) -> Iterator[str]:
     """Read and clean articles; yield, and keep in `documents`, those long enough and not seen before."""
     rules = rules_of(settings.cleaning, "article")
-    counts = documents.counts | dict.fromkeys(("articles read", "without text", "too short", "exact duplicates"), 0)
-    documents.counts = counts
+    counts = documents.counts = dict.fromkeys(("articles read", "without text", "too short", "exact duplicates"), 0)
     seen: set[bytes] = set()
     total = count_articles(settings.path, settings.max_documents)
     articles = read_articles(settings.path, settings.text_column, settings.max_documents)
