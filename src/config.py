@@ -125,6 +125,8 @@ class TrainingSettings:
 class PretrainingSettings(TrainingSettings):
     """Stage 3: span corruption (arXiv 1910.10683, section 3.1.4), packed."""
 
+    optimizer: str = "muon"
+    learning_rate: float = 5e-2
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more
     packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
@@ -197,8 +199,6 @@ PROFILES = {
         labelled=LabelledSettings(path="sample"),
         model=ModelSettings(d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2),
         pretraining=PretrainingSettings(
-            optimizer="muon",
-            learning_rate=0.05,
             inputs_length=256,
             targets_length=59,
             rows_per_step=8,
@@ -220,7 +220,7 @@ PROFILES = {
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
-        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=100),
+        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=50),
         classification=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
         text_to_text=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
     ),

@@ -116,17 +116,13 @@ class LiveLossCurve:
     """A loss curve that redraws itself in place in Jupyter after each evaluation: pass it as `on_evaluation`."""
 
     def __init__(self) -> None:
-        self.handle: DisplayHandle | None = None
+        self.handle = DisplayHandle()
+        self.handle.display(HTML("<i>the loss curve appears here with the first evaluation</i>"))
 
     def __call__(self, log: Sequence[Mapping[str, Any]]) -> None:
         figure, axes = plt.subplots(figsize=(7, 3), dpi=SCREEN_DPI)
         loss_axes(axes, log)
-        figure = finished(figure)
-        if self.handle is None:
-            self.handle = DisplayHandle()
-            self.handle.display(figure)
-        else:
-            self.handle.update(figure)
+        self.handle.update(finished(figure))
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
