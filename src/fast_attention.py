@@ -53,7 +53,8 @@ class _ChunkedAttention(torch.autograd.Function):
                 q, k, v = (_by_head(states[rows], heads) for states in (query, key, value))
                 weights = _softmax_scores(q, k, small_bias, mask if mask is None or len(mask) == 1 else mask[rows], heads)
                 weights, dropped = _drop(weights, rate) if rate else (weights, weights)
-                output[rows] = _by_row(torch.bmm(dropped, v).mul_(1 / (1 - rate)), heads)
+                context = torch.bmm(dropped, v)
+                output[rows] = _by_row(context.mul_(1 / (1 - rate)) if rate else context, heads)
                 kept.append(weights if keep_weights else None)
         if keep_weights:
             ctx.save_for_backward(query, key, value, *kept)

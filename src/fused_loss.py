@@ -26,7 +26,9 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_ite
     labels = labels.flatten()
     counted = labels != IGNORED_LABEL
     num_items = counted.sum() if num_items is None else num_items
-    states, labels = states.flatten(0, -2)[counted], labels[counted]
+    states = states.flatten(0, -2)
+    if states.device.type != "cpu" or not bool(counted.all()):
+        states, labels = states[counted], labels[counted]
     needs_gradient = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(states, weight, labels, 1.0 / float(num_items) if num_items else 0.0, needs_gradient)
 
@@ -65,9 +67,10 @@ def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
     for first in range(0, len(logits), FLOAT_ROWS):
         rows = slice(first, first + FLOAT_ROWS)
         exact, index = logits[rows].float(), labels[rows, None]
-        normaliser = torch.logsumexp(exact, dim=-1, keepdim=True)
+        probability = torch.softmax(exact, dim=-1)
+        # log of the normaliser by way of the most likely token, whose probability cannot underflow
+        normaliser = exact.amax(-1, keepdim=True) - probability.amax(-1, keepdim=True).log_()
         total += (normaliser - exact.gather(1, index)).sum()
-        gradient = exact.sub_(normaliser).exp_()
-        gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
-        logits[rows] = gradient.mul_(share)
+        probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=probability.dtype))
+        logits[rows] = probability.mul_(share)
     return total

@@ -108,6 +108,9 @@ class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
         """
         check_ids(labels, self.config.vocab_size, "labels")
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
+        loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
+        loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
+        self._set_sparse_embedding_gradient(loss_only)
         encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
@@ -123,12 +126,19 @@ class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
             cache=past_key_values,
         ).last_hidden_state
         states = states * self.logit_scale
-        if labels is not None and (self.training if output_logits is None else not output_logits) and type(self.lm_head) is nn.Linear:
+        if loss_only:
             logits, loss = None, linear_cross_entropy(states, self.lm_head.weight, labels, num_items_in_batch)
         else:
             logits = self.lm_head(states)  # (batch, target, vocab_size)
             loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
+
+    def _set_sparse_embedding_gradient(self, loss_only: bool) -> None:
+        """Let the few embedded rows add to the dense gradient of a tied head; alone, each lookup would fill a table of zeros."""
+        for stack in (self.encoder, self.decoder):
+            if isinstance(stack.embed_tokens, nn.Embedding):
+                tied = stack.embed_tokens.weight is self.lm_head.weight
+                stack.embed_tokens.sparse = loss_only and tied and stack.embed_tokens.weight.device.type == "cpu"
 
     def _encode(self, input_ids, attention_mask, segment_ids, encoder_outputs) -> Tensor:
         if encoder_outputs is not None:

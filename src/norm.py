@@ -17,12 +17,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         states, weight, scale = ctx.saved_tensors
-        gradient = gradient.to(states.dtype)
-        product = gradient * states
-        d_weight = (product * scale).flatten(0, -2).sum(0)
-        along = product.mul_(weight).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(states.shape[-1])  # (..., 1)
-        d_states = (gradient * weight).mul_(scale).sub_(states * along)
-        return d_states, d_weight.to(weight.dtype), None, None
+        rows, gradient, scale = states.flatten(0, -2), gradient.to(states.dtype).flatten(0, -2), scale.view(-1)
+        product = gradient * rows  # (tokens, d_model)
+        d_weight = product.t() @ scale
+        along = (product @ weight.to(states.dtype)).mul_(scale.pow(3)).div_(states.shape[-1])  # (tokens,)
+        d_states = torch.mul(gradient, weight).mul_(scale[:, None]).sub_(torch.mul(rows, along[:, None], out=product))
+        return d_states.view_as(states), d_weight.to(weight.dtype), None, None
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
