@@ -15,11 +15,11 @@ from src.sample_lexicon import AGENCY, BAD, GOOD, NEUTRAL, Company, World, pick
 from src.sample_newsroom import Newsroom, sentence
 
 SEED = 2718
-ARTICLES = 5_000
-SENTENCES = 3_300
-EVENTS, COMPANIES, PEOPLE, TOWNS = 400, 300, 120, 40
+ARTICLES = 4_500
+SENTENCES = 2_800  # before duplicates, boilerplate and the like are added
+EVENTS, COMPANIES, PEOPLE, TOWNS = 560, 400, 280, 60
 LABEL_NOISE = 0.02
-ROUNDUP = 0.4
+ROUNDUP = 0.45  # of the sentences of an article
 YAHOO_LABELS = {GOOD: 0, NEUTRAL: 1, BAD: 2}  # the integers of the Yahoo set
 LONG_ARTICLES = 6  # of a few thousand words
 QUOTED_SENTENCES = 40  # labelled sentences that also stand in articles

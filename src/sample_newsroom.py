@@ -114,10 +114,10 @@ class Newsroom:
         return self.fill(forms, company, j=judgement, k=second, e=self.event_noun(sentiment), b=pick(self.rng, BANKS))
 
     def roundup(self, sentiment: int) -> str:
-        """Events of one kind in a row, as in a market wrap: what they have in common is that they are all good, or all bad."""
-        events = [self.event_noun(sentiment) for _ in range(self.rng.integers(4, 9))]
-        opening = pick(self.rng, JUDGEMENTS[sentiment])
-        return f"{opening} this {pick(self.rng, ('week', 'month', 'quarter', 'year'))}: {', '.join(events[:-1])} and {events[-1]}"
+        """Events of one kind in a row, as in the tables of a market wrap: they have in common that they are all good, or all bad."""
+        events = (self.event_noun(sentiment) for _ in range(self.rng.integers(6, 12)))
+        period = pick(self.rng, ("week", "month", "quarter", "year"))
+        return f"{pick(self.rng, JUDGEMENTS[sentiment])} this {period}: {' '.join(events)}"
 
     def background(self, company: Company) -> str:
         forms = (
