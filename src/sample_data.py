@@ -129,7 +129,8 @@ def sample_sentences() -> list[dict[str, str | int]]:
 def blemishes(rng: np.random.Generator, rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
     """What a labelled set should not have: boilerplate, duplicates, near duplicates, and the same text with another label."""
     chosen = [rows[index] for index in rng.choice(len(rows), 300, replace=False)]
-    exact = [row | {"text": pick(rng, (row["text"], row["text"].upper(), f"{row['text']} (Synthetic)"))} for row in chosen[:120]]
+    copies = ("{}", "{}  https://synthetic.example/s", "â€œ{}â€\x9d", "{} (Synthetic)")  # a link; quotation marks gone wrong
+    exact = [row | {"text": pick(rng, copies).format(row["text"])} for row in chosen[:120]]
     near = [row | {"text": f"{row['text'][:-1]} {pick(rng, ('today', 'again', 'too'))}."} for row in chosen[120:280]]
     conflicting = [row | {"label": (row["label"] + 1) % 3} for row in chosen[280:]]
     return exact + near + conflicting + [{"text": text, "label": YAHOO_LABELS[NEUTRAL]} for text in BOILERPLATE for _ in range(25)]
