@@ -98,6 +98,11 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def at_least_float32(states: Tensor) -> Tensor:
+    """16-bit tensors as float32, wider ones as they are."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_rate: float = 0.0
 ) -> Tensor:
@@ -118,7 +123,7 @@ def plain_attention(
         scores = scores + bias
     if mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
+    weights = torch.softmax(at_least_float32(scores), dim=-1).to(value.dtype)
     return nn.functional.dropout(weights, dropout_rate) @ value
 
 

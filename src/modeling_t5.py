@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
-from src.attention import SegmentError, segment_mask
+from src.attention import SegmentError, at_least_float32, segment_mask
 from src.fused_loss import IGNORED_LABEL, linear_cross_entropy
 from src.slim_generation import SlimGenerationMixin
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
@@ -31,7 +31,9 @@ def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_i
 
 def mean_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Cross-entropy over labels that are not -100, divided by their number or by `num_items` (of the global batch)."""
-    total = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    total = nn.functional.cross_entropy(
+        at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
     return total / (num_items if num_items is not None else (labels != IGNORED_LABEL).sum())
 
 

@@ -30,6 +30,12 @@ class SlimGenerationMixin(GenerationMixin):
             self._calibrated(kwargs.get("input_ids") if inputs is None else inputs)
         return super().generate(inputs, generation_config, *args, cache_kind=cache_kind, **kwargs)
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Stock `save_pretrained`; a generation config that names a cache is the user's own, or its reader would drop the name."""
+        if hasattr(self.generation_config, "cache_kind"):
+            self.generation_config._from_model_config = False
+        super().save_pretrained(*args, **kwargs)
+
     def new_cache(self, kind: str = DEFAULT_CACHE_KIND, capacity: int | None = None, calibration_ids: Tensor | None = None) -> T5Cache:
         """An empty cache for `past_key_values`.
 

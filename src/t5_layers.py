@@ -10,7 +10,7 @@ from transformers import T5Config
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.attention import merge_heads, plain_attention, split_heads
+from src.attention import at_least_float32, merge_heads, plain_attention, split_heads
 from src.dropout import dropout, relu_dropout
 from src.fast_attention import attention
 from src.norm import rms_norm
@@ -33,7 +33,7 @@ class T5LayerNorm(nn.Module):
         self.epsilon = config.layer_norm_epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states.float(), self.weight, self.epsilon, compute_dtype(self.weight))
+        return rms_norm(at_least_float32(hidden_states), self.weight, self.epsilon, compute_dtype(self.weight))
 
 
 class T5FeedForward(nn.Module):

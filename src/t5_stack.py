@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.attention import additive, causal_mask, position_bias, segment_mask
+from src.attention import additive, at_least_float32, causal_mask, position_bias, segment_mask
 from src.dropout import dropout
 from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm, compute_dtype
 
@@ -127,7 +127,7 @@ class T5Stack(T5PreTrainedModel):
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
         mask = additive(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
         encoder_mask, bias = additive(encoder_mask, dtype), self._bias(start, length, cache)
-        hidden_states = dropout(self.embed_tokens(input_ids).float(), rate, self.training)
+        hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)
         for block in self.block:
             hidden_states = block(
                 hidden_states, bias=bias, mask=mask, encoder_states=encoder_states, encoder_mask=encoder_mask, cache=cache

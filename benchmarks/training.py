@@ -1,0 +1,158 @@
+"""Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`.
+
+T5-small shapes, 8 rows of 512 + 114 tokens, float32 weights under bf16 autocast, forward + backward + fused AdamW, dropout 0 and
+0.1. Ours and the stock variants (eager, sdpa, each with and without `torch.compile`) take turns in one process; the median of the
+rounds counts, and the peer is the fastest stock variant. The matrix products of a step are timed alone beside them. Peak memory is
+that of a process that runs one kind only. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+from transformers import T5Config
+
+from src.modeling_t5 import T5ForConditionalGeneration
+
+ROWS, SOURCE, TARGET = 8, 512, 114
+STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile")
+
+
+def build(kind: str, dropout: float, vocab_size: int) -> torch.nn.Module:
+    """`ours` or a stock variant, with the same random weights."""
+    config = T5Config(vocab_size=vocab_size, dropout_rate=dropout, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    ours = T5ForConditionalGeneration(config).train()
+    if kind == "ours":
+        return ours
+    attention, _, compiled = kind.partition("+")
+    stock = transformers.T5ForConditionalGeneration(config).train()
+    stock.set_attn_implementation(attention)
+    stock.load_state_dict(ours.state_dict())
+    return torch.compile(stock) if compiled else stock
+
+
+class Step:
+    """One kind's model, optimizer and batch; calling it runs a step and returns its seconds."""
+
+    def __init__(self, kind: str, dropout: float, vocab_size: int) -> None:
+        self.model = build(kind, dropout, vocab_size)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        generator = torch.Generator().manual_seed(1)
+        self.input_ids = torch.randint(2, vocab_size, (ROWS, SOURCE), generator=generator)
+        self.labels = torch.randint(2, vocab_size, (ROWS, TARGET), generator=generator)
+
+    def __call__(self) -> float:
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.model(input_ids=self.input_ids, labels=self.labels).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def products(config: T5Config) -> list[tuple[int, tuple, tuple]]:
+    """(count, left shape, right shape) of the matrix products of a forward pass."""
+    width, inner, hidden, heads, d_kv = config.d_model, config.num_heads * config.d_kv, config.d_ff, config.num_heads, config.d_kv
+    source, target, layers, decoders = ROWS * SOURCE, ROWS * TARGET, config.num_layers, config.num_decoder_layers
+    linear = [
+        (4 * layers + 2 * decoders, (source, width), (inner, width)),  # encoder q k v o, cross k v
+        (6 * decoders, (target, width), (inner, width)),
+        (layers, (source, width), (hidden, width)),
+        (layers, (source, hidden), (width, hidden)),
+        (decoders, (target, width), (hidden, width)),
+        (decoders, (target, hidden), (width, hidden)),
+        (1, (target, width), (config.vocab_size, width)),
+    ]
+    pairs = ((layers, SOURCE, SOURCE), (decoders, TARGET, TARGET), (decoders, TARGET, SOURCE))
+    scores = [(count * ROWS, (heads, q, d_kv), (heads, k, d_kv)) for count, q, k in pairs]
+    context = [(count * ROWS, (heads, q, k), (heads, d_kv, k)) for count, q, k in pairs]
+    return [*linear, *scores, *context]
+
+
+def seconds_of_products(config: T5Config) -> float:
+    """Seconds that the products of one step need: each a b^T, and its two gradients."""
+    total = 0.0
+    for count, left, right in products(config):
+        a, b = torch.randn(left).bfloat16(), torch.randn(right).bfloat16()
+        gradient = a @ b.mT
+        spent = []
+        for _ in range(4):
+            started = time.perf_counter()
+            torch.matmul(a, b.mT, out=gradient)
+            torch.matmul(gradient, b), torch.matmul(gradient.mT, a)
+            spent.append(time.perf_counter() - started)
+        total += count * statistics.median(spent[1:])
+    return total
+
+
+def peak_mb(kind: str, dropout: float, vocab_size: int) -> float:
+    """Peak resident memory of a fresh process that makes two steps."""
+    arguments = ["--peak-of", kind, "--dropout", str(dropout), "--vocab-size", str(vocab_size), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.training", *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def compare(dropout: float, options: argparse.Namespace) -> dict:
+    """Median seconds of every kind in alternating rounds, and the products in the same rounds."""
+    steps = {kind: Step(kind, dropout, options.vocab_size) for kind in ("ours", *options.stock)}
+    seconds, alone = {kind: [] for kind in steps}, []
+    for step in steps.values():
+        step(), step()  # compile, and fill the optimizer's state
+    for turn in range(options.rounds):
+        for kind in list(steps) if turn % 2 == 0 else list(steps)[::-1]:
+            seconds[kind].append(steps[kind]())
+        alone.append(seconds_of_products(steps["ours"].model.config))
+        print(f"dropout {dropout} round {turn}: " + "  ".join(f"{kind} {spent[-1]:.2f} s" for kind, spent in seconds.items()), flush=True)
+    medians = {kind: statistics.median(spent) for kind, spent in seconds.items()}
+    peer = min(options.stock, key=medians.__getitem__)
+    return {"seconds": medians, "peer": peer, "ratio": medians[peer] / medians["ours"], "products_s": statistics.median(alone)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stock", nargs="+", choices=STOCK, default=STOCK)
+    parser.add_argument("--vocab-size", type=int, default=32128)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--dropout", type=float, default=0.0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    if options.peak_of:
+        step = Step(options.peak_of, options.dropout, options.vocab_size)
+        step(), step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    results = {dropout: compare(dropout, options) for dropout in (0.0, 0.1)}
+    plain, dropped, tokens = results[0.0], results[0.1], ROWS * (SOURCE + TARGET)
+    report = {
+        "speed_ratio_dropout0": plain["ratio"],
+        "speed_ratio_dropout01": dropped["ratio"],
+        "gemm_fraction": plain["products_s"] / plain["seconds"]["ours"],
+        "tokens_per_s": tokens / plain["seconds"]["ours"],
+        "peer_tokens_per_s": tokens / plain["seconds"][plain["peer"]],
+        "peak_mb": peak_mb("ours", 0.0, options.vocab_size),
+        "peer_peak_mb": peak_mb(plain["peer"], 0.0, options.vocab_size),
+        "products_s": plain["products_s"],
+        "dropout0": plain,
+        "dropout01": dropped,
+        "threads": options.threads,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
