@@ -50,7 +50,7 @@ def check_segments(segment_ids: Tensor | None, ids: Tensor | None, name: str) ->
         raise SegmentError(f"{name} is {tuple(segment_ids.shape)} for tokens {tuple(ids.shape)}: give one segment id per token")
 
 
-class T5ForConditionalGeneration(T5PreTrainedModel, SlimGenerationMixin):
+class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
     """T5 with its language modelling head (arXiv 1910.10683); loads and saves stock checkpoints."""
 
     _tied_weights_keys = TIED_WEIGHTS
