@@ -38,7 +38,7 @@ def table(frame: pd.DataFrame, caption: str | None = None, texts: Sequence[str] 
     style = frame.style.hide(axis="index").set_table_styles(LEFT).format(escape="html", thousands=",", precision=decimals, na_rep="")
     if texts:
         style = style.set_properties(subset=list(texts), **TEXT_STYLE)
-    return style.set_caption(caption) if caption else style
+    return style.set_caption(html.escape(caption)) if caption else style
 
 
 def with_bars(style: Styler, column: str) -> Styler:
