@@ -49,7 +49,7 @@ def padded(inputs: list[np.ndarray], labels: np.ndarray, length: int) -> Batch:
 
 def bucket_of(length: int) -> int:
     """The end of the bucket of a length: the next power of two, 8 at least."""
-    return max(8, 1 << (length - 1).bit_length())
+    return max(8, 1 << (int(length) - 1).bit_length())
 
 
 def batches_of(way: str, inputs: list[np.ndarray], labels: np.ndarray, sentences: int) -> Iterator[Batch]:

@@ -208,12 +208,31 @@ PROFILES = {
             evaluate_every=50,
             checkpoint_every=100,
             validation_rows=48,
+            precision="fp32",  # in bf16 a model this small learns which events are good or bad news some hundred steps later
         ),
         classification=FinetuningSettings(
-            learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20
+            learning_rate=3e-3,
+            full_learning_rate=3e-2,
+            dropout_rate=0.0,
+            inputs_length=256,
+            rows_per_step=2,
+            rows_per_micro_batch=2,
+            max_epochs=8,
+            warmup_steps=20,
+            evaluate_every=100,
+            precision="fp32",
         ),
         text_to_text=FinetuningSettings(
-            learning_rate=3e-3, inputs_length=256, rows_per_step=4, rows_per_micro_batch=4, max_epochs=4, warmup_steps=10, evaluate_every=20
+            learning_rate=2e-3,
+            full_learning_rate=3e-2,
+            dropout_rate=0.0,
+            inputs_length=256,
+            targets_length=48,
+            rows_per_step=4,
+            rows_per_micro_batch=4,
+            max_epochs=5,
+            warmup_steps=20,
+            evaluate_every=100,
         ),
     ),
     # 10-15M parameters: learns something real from a few hours of two CPU cores.
