@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         report["fractions"] = label_efficiency(runner, models, splits, seeds, [float(part) for part in arguments.fractions.split(",")])
     report |= {"rows": sum(len(test) for _, _, test in splits), "folds": len(splits), "seeds": seeds, "seed": arguments.split_seed}
     report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data, "command": command_line()}
-    sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path)]
+    sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
     report |= {"data_sha256": data_digest(sources) or data, "sources": sources}
     write_report(report, arguments.output)
     return report

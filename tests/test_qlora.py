@@ -26,7 +26,8 @@ def settings(**changes):
 def config(gated=False, d_model=96):
     return T5Config(
         vocab_size=120, d_model=d_model, d_kv=d_model // 4, d_ff=160, num_heads=4, num_layers=2, num_decoder_layers=2,
-        decoder_start_token_id=0, feed_forward_proj="gated-gelu" if gated else "relu", num_labels=3, pooling="encoder_mean", dropout_rate=0.0,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu" if gated else "relu",
+        num_labels=3, pooling="encoder_mean", dropout_rate=0.0,
     )  # fmt: skip
 
 
