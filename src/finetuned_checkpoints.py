@@ -53,14 +53,15 @@ def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars, and its report that the head is new, which it is meant to be."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def save_finetuned(
