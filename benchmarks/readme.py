@@ -6,7 +6,7 @@ A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `r
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,30 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def scalars(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            yield from scalars(value, f"{prefix}{key} ")
-        elif not isinstance(value, list):
-            yield f"{prefix}{key}".replace("_", " "), "not reached" if value is None else number(value)
+def words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def scalars_table(result: Mapping[str, Any]) -> list[str]:
+    """Two columns: the result's single values."""
+    rows = [(key, value) for key, value in result.items() if not isinstance(value, Mapping | list)]
+    return ["| | |", "|---|---:|", *(f"| {words(key)} | {'not reached' if value is None else number(value)} |" for key, value in rows)]
+
+
+def cases_table(result: Mapping[str, Any]) -> list[str]:
+    """One row a measure and one column a case, for measures such as `{"quarter": 1.2, "half": 2.3}` that share their cases."""
+    plain = {k: v for k, v in result.items() if isinstance(v, Mapping) and all(isinstance(x, int | float) for x in v.values())}
+    shared = [(k, v) for k, v in plain.items() if sum(v.keys() == other.keys() for other in plain.values()) > 1]
+    if not shared:
+        return []
+    cases = list(shared[0][1])
+    rows = [f"| {words(key)} | {' | '.join(number(values[case]) for case in cases)} |" for key, values in shared]
+    return ["", f"| | {' | '.join(words(case) for case in cases)} |", "|---|" + "---:|" * len(cases), *rows]
 
 
 def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     columns = [column for column in MODEL_COLUMNS if any(column in model for model in models)]
-    lines = ["| model | " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines = ["| model | " + " | ".join(words(column) for column in columns) + " |", "|---|" + "---:|" * len(columns)]
     return lines + [f"| {m['name']} | " + " | ".join(number(m[c]) if m.get(c) is not None else "" for c in columns) + " |" for m in models]
 
 
@@ -44,7 +57,7 @@ def table(name: str) -> str:
     if "models" in result:
         lines = models_table(result["models"])
     else:
-        lines = ["| | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in scalars(result))]
+        lines = scalars_table(result) + cases_table(result)
     return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])
 
 

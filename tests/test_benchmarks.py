@@ -15,13 +15,13 @@ def test_the_readme_shows_what_results_hold():
 
 
 def test_results_become_tables(tmp_path, monkeypatch):
-    """Scalars become rows, nested ones carry their path, models become a table, and the command stands below."""
+    """Single values become rows, measures of the same cases share a table, models become a table, and the command stands below."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     record = {
         "command": "python -m benchmarks.speed",
         "machine": "CPU, 2 cores",
-        "result": {"ratio": 1.5, "peak_mb": {"whole": 1234}, "best": None},
+        "result": {"ratio": 1.5, "seconds": {"half": 2.5, "whole": 5.0}, "peak_mb": {"half": 1000, "whole": 1234}, "best": None},
     }
     (tmp_path / "results/speed.json").write_text(json.dumps(record))
     (tmp_path / "results/news.json").write_text(
@@ -29,7 +29,13 @@ def test_results_become_tables(tmp_path, monkeypatch):
     )
     page = readme.render("a\n<!-- results speed -->\nold\n<!-- end -->\n<!-- results news -->\n<!-- end -->\n")
     assert "old" not in page
-    for line in ("| ratio | 1.50 |", "| peak mb whole | 1,234 |", "| best | not reached |", "`python -m benchmarks.speed`, CPU, 2 cores"):
+    for line in (
+        "| ratio | 1.50 |",
+        "| | half | whole |",
+        "| peak mb | 1,000 | 1,234 |",
+        "| best | not reached |",
+        "`python -m benchmarks.speed`, CPU, 2 cores",
+    ):
         assert line in page
     assert "| svm | 0.75 | 0.5 to 1.00 |" in page
     assert readme.render(page) == page
