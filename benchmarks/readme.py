@@ -54,10 +54,7 @@ def table(name: str) -> str:
     """The Markdown table of one results file."""
     record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
     result = record.get("result", record)
-    if "models" in result:
-        lines = models_table(result["models"])
-    else:
-        lines = scalars_table(result) + cases_table(result)
+    lines = models_table(result["models"]) if "models" in result else scalars_table(result) + cases_table(result)
     return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])
 
 

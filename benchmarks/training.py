@@ -1,9 +1,9 @@
 """Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`.
 
 T5-small shapes, 8 rows of 512 + 114 tokens, float32 weights under bf16 autocast, forward + backward + fused AdamW, dropout 0 and
-0.1. Ours and the stock variants (eager, sdpa, each with and without `torch.compile`) take turns in one process; the median of the
-rounds counts, and the peer is the fastest stock variant. The matrix products of a step are timed alone beside them. Peak memory is
-that of a process that runs one kind only. The last line is one JSON object.
+0.1. Ours and the stock variants (eager, sdpa, each with and without `torch.compile`) take turns, each in its own process; the
+median of the rounds counts, and the peer is the fastest stock variant. The matrix products of a step are timed alone beside them.
+The last line is one JSON object.
 """
 
 import argparse
@@ -93,27 +93,55 @@ def seconds_of_products(config: T5Config) -> float:
     return total
 
 
-def peak_mb(kind: str, dropout: float, vocab_size: int) -> float:
-    """Peak resident memory of a fresh process that makes two steps."""
-    arguments = ["--peak-of", kind, "--dropout", str(dropout), "--vocab-size", str(vocab_size), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.training", *arguments], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+class Worker:
+    """A process that holds one kind and makes a step when asked, so that kinds share neither memory nor its peak."""
+
+    def __init__(self, kind: str, dropout: float, options: argparse.Namespace) -> None:
+        arguments = ["--serve", kind, "--dropout", str(dropout), "--vocab-size", str(options.vocab_size), "--threads", str(options.threads)]
+        command = [sys.executable, "-m", "benchmarks.training", *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> tuple[float, float]:
+        """(seconds of one step, peak resident megabytes so far)."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of a benchmark ended early (exit status {self.process.wait()})")
+        seconds, peak_mb = line.split()
+        return float(seconds), float(peak_mb)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(kind: str, options: argparse.Namespace) -> None:
+    """Make a step for every line read, and print what `Worker.step` returns."""
+    step = Step(kind, options.dropout, options.vocab_size)
+    for _ in sys.stdin:
+        seconds = step()
+        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
 
 
 def compare(dropout: float, options: argparse.Namespace) -> dict:
-    """Median seconds of every kind in alternating rounds, and the products in the same rounds."""
-    steps = {kind: Step(kind, dropout, options.vocab_size) for kind in ("ours", *options.stock)}
-    seconds, alone = {kind: [] for kind in steps}, []
-    for step in steps.values():
-        step(), step()  # compile, and fill the optimizer's state
+    """Median seconds of every kind in alternating rounds, the matrix products in the same rounds, and peak memory."""
+    workers = {kind: Worker(kind, dropout, options) for kind in ("ours", *options.stock)}
+    seconds, peaks, alone = {kind: [] for kind in workers}, {}, []
+    for worker in workers.values():
+        worker.step(), worker.step()  # compile, and fill the optimizer's state
     for turn in range(options.rounds):
-        for kind in list(steps) if turn % 2 == 0 else list(steps)[::-1]:
-            seconds[kind].append(steps[kind]())
-        alone.append(seconds_of_products(steps["ours"].model.config))
+        for kind in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
+            spent, peaks[kind] = workers[kind].step()
+            seconds[kind].append(spent)
+        alone.append(seconds_of_products(T5Config(vocab_size=options.vocab_size)))
         print(f"dropout {dropout} round {turn}: " + "  ".join(f"{kind} {spent[-1]:.2f} s" for kind, spent in seconds.items()), flush=True)
+    for worker in workers.values():
+        worker.close()
     medians = {kind: statistics.median(spent) for kind, spent in seconds.items()}
     peer = min(options.stock, key=medians.__getitem__)
-    return {"seconds": medians, "peer": peer, "ratio": medians[peer] / medians["ours"], "products_s": statistics.median(alone)}
+    ratio = medians[peer] / medians["ours"]
+    return {"seconds": medians, "peak_mb": peaks, "peer": peer, "ratio": ratio, "products_s": statistics.median(alone)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -122,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stock", nargs="+", choices=STOCK, default=STOCK)
     parser.add_argument("--vocab-size", type=int, default=32128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--dropout", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -131,11 +159,8 @@ def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    if options.peak_of:
-        step = Step(options.peak_of, options.dropout, options.vocab_size)
-        step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
+    if options.serve:
+        return serve(options.serve, options)
     results = {dropout: compare(dropout, options) for dropout in (0.0, 0.1)}
     plain, dropped, tokens = results[0.0], results[0.1], ROWS * (SOURCE + TARGET)
     report = {
@@ -144,8 +169,8 @@ def main() -> None:
         "gemm_fraction": plain["products_s"] / plain["seconds"]["ours"],
         "tokens_per_s": tokens / plain["seconds"]["ours"],
         "peer_tokens_per_s": tokens / plain["seconds"][plain["peer"]],
-        "peak_mb": peak_mb("ours", 0.0, options.vocab_size),
-        "peer_peak_mb": peak_mb(plain["peer"], 0.0, options.vocab_size),
+        "peak_mb": plain["peak_mb"]["ours"],
+        "peer_peak_mb": plain["peak_mb"][plain["peer"]],
         "products_s": plain["products_s"],
         "dropout0": plain,
         "dropout01": dropped,
