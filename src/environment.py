@@ -94,4 +94,7 @@ def prepare() -> None:
     if missing := missing_requirements():
         print(f"installing {', '.join(missing)} ...")
         install(missing)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars are widgets, which a saved notebook cannot show
     print(report())
