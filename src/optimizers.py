@@ -108,11 +108,19 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
             if projections:
                 groups[0]["direction"] = "muon"
             return RMSScaledOptimizer(groups, settings.learning_rate)
+        case "paged_adamw_8bit":  # states in 8 bit, paged to main memory when the GPU is full (arXiv 2305.14314, section 3)
+            if not torch.cuda.is_available():
+                raise OptimizerError("optimizer paged_adamw_8bit needs a CUDA device: choose adamw")
+            from bitsandbytes.optim import PagedAdamW8bit
+
+            return PagedAdamW8bit(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2
             optimizer = Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
             optimizer.param_groups[0]["lr"] = 1e-2  # to show: with a relative step it sets its own rate
             return optimizer
-    raise OptimizerError(f"optimizer {settings.optimizer!r} is unknown: choose adamw, adamw_rms_scaled, muon or adafactor_t5")
+    raise OptimizerError(
+        f"optimizer {settings.optimizer!r} is unknown: choose adamw, adamw_rms_scaled, muon, adafactor_t5 or paged_adamw_8bit"
+    )
 
 
 def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: float) -> float:

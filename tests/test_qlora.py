@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 from src import qlora
 from src.config import FinetuningSettings
 from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
+from src.optimizers import OptimizerError, build_optimizer
 from src.qlora import AdapterError, QuantisationError
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +234,13 @@ def test_without_bitsandbytes_one_line_offers_a_way_out(base_folder, monkeypatch
     with pytest.raises(QuantisationError, match=r"pip install bitsandbytes.*lora") as error:
         qlora.quantise(load(base_folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA the optimizer is there")
+def test_paged_optimizer_without_cuda_names_another(base_folder):
+    """bitsandbytes fails at the first step, deep inside, where there is no CUDA device."""
+    with pytest.raises(OptimizerError, match="needs a CUDA device: choose adamw"):
+        build_optimizer(adapted(base_folder), settings(optimizer="paged_adamw_8bit"))
 
 
 def test_parameter_table_counts_what_is_there(base_folder):
