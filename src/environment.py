@@ -59,6 +59,12 @@ def install(requirements: list[str]) -> None:
         raise RuntimeError(f"pip could not install {', '.join(requirements)}: {reason}")
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook; having ipykernel imported does not make it one."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return kernel is not None and kernel.IPKernelApp.initialized()
+
+
 def best_precision() -> str:
     """The number format that this device computes fast: bf16 where it is native, else fp16 on CUDA, else fp32."""
     import torch

@@ -4,9 +4,10 @@ A second Ctrl-C interrupts at once. Only the main thread can watch signals; else
 """
 
 import signal
-import sys
 import threading
 from types import FrameType
+
+from src.environment import in_notebook
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
@@ -43,6 +44,6 @@ class StopRequest:
     def leave(self, message: str) -> None:
         """End the run: an interrupt for Ctrl-C, the conventional exit status for SIGTERM."""
         print(message, flush=True)
-        if self.signal == signal.SIGTERM and "ipykernel" not in sys.modules:
+        if self.signal == signal.SIGTERM and not in_notebook():
             raise SystemExit(128 + signal.SIGTERM)
         raise TrainingInterrupted(message)

@@ -9,10 +9,12 @@ from typing import Any
 
 from tqdm.std import tqdm
 
+from src.environment import in_notebook
+
 
 def is_interactive() -> bool:
     """Whether somebody can watch the bar move: a terminal or a notebook, not a log file."""
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
+    return sys.stdout.isatty() or in_notebook()
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
