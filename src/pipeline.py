@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -146,6 +147,9 @@ def run(settings: Settings, *, force: bool = False, in_place: bool = False) -> l
             print(f"{prefix}: current, nothing to do", flush=True)
         else:
             print(f"{prefix}: running ({reason})", flush=True)
+            if force:  # else training would find its finished run and have nothing to do
+                for name in stage.outputs:
+                    shutil.rmtree(artifacts_folder(settings.profile) / ".checkpoints" / name, ignore_errors=True)
             copy = run_notebook(settings, stage, prefix)
             print(f"{prefix}: done in {time.monotonic() - started:.0f} s", flush=True)
             if in_place:
