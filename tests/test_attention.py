@@ -117,6 +117,7 @@ def test_dropout_values_and_gradients():
     (gradient,) = torch.autograd.grad(hidden.sum(), states)
     assert torch.equal(gradient != 0, hidden > 0)
     assert not (hidden > 0)[states <= 0].any()
+    torch.testing.assert_close(hidden[hidden > 0], (states * (1 / 0.75))[hidden > 0], atol=0, rtol=0.01)
     assert dropout(states, 0.25, False) is states
     assert torch.equal(clear(states, torch.zeros(64, 64, dtype=torch.int16)), torch.zeros_like(states))
 
