@@ -212,12 +212,21 @@ def parser() -> argparse.ArgumentParser:
     run_parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     run_parser.add_argument("--force", action="store_true", help="run every stage again")
     run_parser.add_argument("--in-place", action="store_true", help="also replace the notebooks here by the executed ones")
+    compare_parser = commands.add_parser("compare", help="cross-validate the models and the baselines on labelled sentences")
+    if sys.argv[1:2] == ["compare"]:  # its options come with torch, which `run` does not need
+        from src import compare
+
+        compare.add_arguments(compare_parser)
+        compare_parser.set_defaults(compare=compare.run)
     return top
 
 
 def main() -> int:
     arguments = parser().parse_args()
     try:
+        if arguments.command == "compare":
+            arguments.compare(arguments)
+            return 0
         settings = settings_from(arguments)
         rows = run(settings, force=arguments.force, in_place=arguments.in_place)
         print_summary(settings, rows)
