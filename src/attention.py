@@ -61,7 +61,7 @@ def position_bias(
     last = query_start + query_length - 1
     distance = torch.arange(-last, key_length - query_start, device=table.weight.device)  # every key - query there is
     bucket = relative_position_bucket(distance, bidirectional, table.num_embeddings, max_distance)
-    by_distance = table(bucket).t()  # (num_heads, query_length + key_length - 1)
+    by_distance = table(bucket).t().contiguous()  # (num_heads, query_length + key_length - 1)
     # Query i reads the window that starts at distance -(query_start + i): the windows shift left by one, hence the flip.
     return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)
 

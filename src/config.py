@@ -111,6 +111,7 @@ class TrainingSettings:
     checkpoint_every: int = 200  # steps
     early_stop_evaluations: int | None = None  # stop after this many evaluations without a new best
     precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
+    compile: bool = False  # compile the blocks: half a minute at the start, then steps are a tenth faster
     tracker: str | None = None  # "tensorboard", "trackio", ...: also log to it, if it is installed
     seed: int = 0
 
@@ -239,7 +240,7 @@ PROFILES = {
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
-        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=50),
+        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=50, compile=True),
         classification=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
         text_to_text=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
     ),

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 STEPS = 1 << 16  # values of 16 random bits
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def is_fast(states: Tensor) -> bool:
-    """Whether `keep_bits` applies to this tensor."""
-    return states.device.type == "cpu" and states.dtype in (torch.bfloat16, torch.float16)
+    """Whether `keep_bits` applies to this tensor; a compiler cannot look into it, and brings random numbers of its own."""
+    return not torch.compiler.is_compiling() and states.device.type == "cpu" and states.dtype in SIXTEEN_BIT
 
 
 def keep_bits(shape: torch.Size | tuple[int, ...], rate: float) -> Tensor:

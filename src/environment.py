@@ -3,6 +3,7 @@
 An installed torch is never replaced (on Colab it matches the driver): pip is told to keep it as it is.
 """
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 SHOWN_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "peft", "bitsandbytes", "accelerate", "scikit-learn")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 # transformers imports peft, which imports bitsandbytes, which warns that an optional kernel is absent; nothing here uses that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -75,6 +77,18 @@ def best_precision() -> str:
     if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
         return "bf16"
     return "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to hold on to freed memory. A training step on a CPU frees and asks again for gigabytes, and by default the
+    system takes each large block back and hands it out zeroed, page by page: 15 % of a step. Other systems are left as they are."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt(M_TOP_PAD, 64 << 20)
 
 
 def device_name() -> str:

@@ -50,12 +50,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     part = (logits.t() @ states[chunk]).to(weight.dtype)
                     d_weight = part if d_weight is None else d_weight.add_(part)
         if needs_gradient:
-            ctx.save_for_backward(d_states, torch.zeros_like(weight) if d_weight is None else d_weight)
+            # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
+            ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight
         return total * share
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        d_states, d_weight = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("this loss gave its gradients away in an earlier backward pass: compute it again")
+        (d_states, d_weight), ctx.gradients = ctx.gradients, None
         if gradient.device.type == "cpu" and float(gradient) == 1.0:
             return d_states, d_weight, None, None, None
         return d_states * gradient.to(d_states.dtype), d_weight * gradient.to(d_weight.dtype), None, None, None

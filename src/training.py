@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from src.checkpoints import Checkpoints, TrainingState, run_digest
+from src.compilation import compiled_blocks, uncompiled
 from src.config import TrainingSettings
+from src.environment import keep_freed_memory
 from src.gradients import Epoch, StepGradients, TrainingError
 from src.interruption import StopRequest
 from src.optimizers import build_optimizer, learning_rate_factor
@@ -69,9 +71,10 @@ def train(
         CheckpointError: no usable checkpoint, or no room for one.
         TrainingInterrupted: stopped from outside; everything is saved.
     """
+    keep_freed_memory()
     run = TrainingRun(model, train_source, settings, output_dir, evaluate, monitor, higher_is_better, run_inputs or {})
     run.resume()
-    with StopRequest() as stop, run.show_progress() as bar:
+    with StopRequest() as stop, run.show_progress() as bar, compiled_blocks(model, settings.compile):
         run.evaluate_if_due(on_evaluation)
         while not run.is_over():
             stop_requested = run.take_step(stop)
@@ -211,7 +214,7 @@ class TrainingRun:
         if not due or state.evaluated_step == state.step:
             return
         self.model.eval()
-        with torch.no_grad(), self.gradients.autocast():
+        with torch.no_grad(), self.gradients.autocast(), uncompiled():
             metrics = self.evaluate(self.model)
         state.evaluated_step = state.step
         if math.isfinite(metrics[self.monitor]) and (state.best is None or self.sign * (metrics[self.monitor] - state.best) > 0):

@@ -79,6 +79,7 @@ def test_every_kind_writes_stocks_tokens(models, mode):
 def test_steps_are_the_whole_sequence(kind):
     """Breaks when decoding in steps of one or several tokens departs from the forward pass over all of them."""
     _, model = pair()
+    atol = 2e-4 if kind in ("k", "k+e") else 2e-5  # the k cache is accepted with V off by up to 1e-4
     ids, mask = prompts(6)
     forced = torch.randint(2, 150, (6, 9), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_steps_are_the_whole_sequence(kind):
                 model(attention_mask=mask, decoder_input_ids=part, encoder_outputs=outputs, past_key_values=cache).logits
                 for part in forced.split([1, 3, 1, 1, 2, 1], dim=1)
             ]
-            torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=atol, rtol=1e-4)
             assert cache.get_seq_length() == 9
 
 
