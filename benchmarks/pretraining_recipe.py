@@ -1,9 +1,9 @@
 """Default recipe against the T5 paper's, on the same tokens of the same clock: `python -m benchmarks.pretraining_recipe --minutes 20`.
 
 The baseline is stock `transformers` T5 with the paper's Adafactor and schedule, reading windows of the concatenated stream
-(it cannot take packed rows). Both take turns in slices of half a minute, so noise of the machine hits both alike;
-evaluations do not count. Both are evaluated by the same model class on the same packed validation rows. Reads the
-`tokenizer` and `pretraining_dataset` artifacts of a profile. The last line is one JSON object.
+(it cannot take packed rows). Ours runs as the training loop runs it, compiled if the profile says so. Both take turns in slices of
+half a minute, so noise of the machine hits both alike; evaluations do not count. Both are evaluated by the same model class on the
+same packed validation rows. Reads the `tokenizer` and `pretraining_dataset` artifacts of a profile. The last line is one JSON object.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import transformers
 from src import config
 from src.artifacts import open_artifact
 from src.collators import PretrainingBatches
+from src.compilation import blocks_of, compile_blocks
 from src.config import PretrainingSettings
-from src.environment import best_precision
+from src.environment import best_precision, keep_freed_memory
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.pretraining import SpanCorruptionEvaluation, new_model
@@ -115,6 +116,8 @@ def contestants(settings: config.Settings, tokenizer, documents) -> list[Contest
     ours = new_model(paper, tokenizer, default.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
+    if default.compile:
+        compile_blocks(blocks_of(model))
     return [
         Contestant("baseline", stock, PretrainingBatches(documents, tokenizer, baseline), baseline),
         Contestant("default", model, PretrainingBatches(documents, tokenizer, default), default),
@@ -139,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     pairs = (pair.partition("=") for pair in options.set)
     settings = config.settings_for(options.profile, {key: parse_value(value) for key, _, value in pairs})

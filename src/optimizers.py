@@ -6,7 +6,7 @@ parameter. `adafactor_t5` is the recipe of the T5 paper, kept to compare with.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from src.config import TrainingSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
 SMALLEST_RMS = 1e-3  # a parameter that starts at zero must still move (Adafactor, arXiv 1804.04235, section 8)
+# Position biases are added to scores, so they matter once they are about 1. They start 16 times smaller (d_model^-0.5), and steps
+# relative to that would leave the model without word order for a thousand steps.
+POSITION_BIAS_RMS = 1.0
 
 
 class OptimizerError(ValueError):
@@ -30,58 +33,68 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "direction": "adam", "momentum": 0.95})
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "direction": "adam", "momentum": 0.95}
+        super().__init__(groups, options | {"smallest_rms": SMALLEST_RMS})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         for group in self.param_groups:
-            direction = muon_direction if group["direction"] == "muon" else adam_direction
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = direction(parameter.grad, self.state[parameter], group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = muon_directions if group["direction"] == "muon" else adam_directions
+            for parameter, update in directions(parameters, self.state, group):
                 size = torch.linalg.vector_norm(parameter) / math.sqrt(parameter.numel())
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update.mul_(size.clamp_min(SMALLEST_RMS) * group["lr"]))
+                parameter.sub_(update.mul_(size.clamp_min(group["smallest_rms"]) * group["lr"]))
 
 
-def adam_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
-    """m / (sqrt(v) + eps), both bias-corrected: a new tensor like `gradient`."""
-    if not state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
-    state["step"] += 1
+Directions = Iterator[tuple[torch.Tensor, torch.Tensor]]  # (parameter, a new tensor like it)
+
+
+def adam_directions(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> Directions:
+    """m / (sqrt(v) + eps), both bias-corrected."""
     beta1, beta2 = group["betas"]
-    state["exp_avg"].lerp_(gradient, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-    return state["exp_avg"].div(denominator).div_(1 - beta1 ** state["step"])
+    for parameter in parameters:
+        gradient, state = parameter.grad, states[parameter]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+        yield parameter, state["exp_avg"].div(denominator).div_(1 - beta1 ** state["step"])
 
 
-def muon_direction(gradient: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
-    """Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4: like `gradient`."""
-    if not state:
-        state |= {"momentum": torch.zeros_like(gradient)}
-    state["momentum"].lerp_(gradient, 1 - group["momentum"])
-    update = gradient.lerp(state["momentum"], group["momentum"])
-    return orthogonalise(update).to(gradient.dtype).mul_(0.4 * math.sqrt(max(gradient.shape)))
+def muon_directions(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> Directions:
+    """Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}  # matrices of one shape go through the iteration together
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in by_shape.items():
+        for parameter in alike:
+            states[parameter].setdefault("momentum", torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - group["momentum"])
+        updates = [parameter.grad.lerp(states[parameter]["momentum"], group["momentum"]) for parameter in alike]
+        orthogonal = orthogonalise(torch.stack(updates)).mul_(0.4 * math.sqrt(max(shape)))
+        yield from zip(alike, orthogonal.to(updates[0].dtype), strict=True)
 
 
-def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest matrix with all singular values near 1, by Newton-Schulz iteration in bf16: (rows, columns)."""
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest matrices with all singular values near 1, by Newton-Schulz iteration in bf16: (matrices, rows, columns)."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16()
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
-def is_projection(name: str, parameter: nn.Parameter) -> bool:
-    """A weight matrix inside a block: not an embedding, the output layer, a position bias, a norm or an offset."""
-    outside = ("shared", "embed_tokens", "lm_head", "relative_attention_bias")
-    return parameter.ndim == 2 and not any(part in name for part in outside)
+def kind_of(name: str, parameter: nn.Parameter) -> str:
+    """ "projection" (a weight matrix inside a block), "position bias", or "other" (embedding, output layer, norm, offset)."""
+    if "relative_attention_bias" in name:
+        return "position bias"
+    outside = ("shared", "embed_tokens", "lm_head")
+    return "projection" if parameter.ndim == 2 and not any(part in name for part in outside) else "other"
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -93,11 +106,16 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         OptimizerError: unknown name, or nothing to train.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    projections = [parameter for name, parameter in trainable if is_projection(name, parameter)]
-    others = [parameter for name, parameter in trainable if not is_projection(name, parameter)]
     if not trainable:
         raise OptimizerError("the model has no trainable parameter: unfreeze some or add adapters")
-    groups = [{"params": projections, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kinds: dict[str, list[nn.Parameter]] = {"projection": [], "position bias": [], "other": []}
+    for name, parameter in trainable:
+        kinds[kind_of(name, parameter)].append(parameter)
+    groups = [
+        {"params": kinds["projection"], "weight_decay": settings.weight_decay},
+        {"params": kinds["position bias"], "weight_decay": 0.0, "smallest_rms": POSITION_BIAS_RMS},
+        {"params": kinds["other"], "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     match settings.optimizer:
         case "adamw":
@@ -105,7 +123,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         case "adamw_rms_scaled":
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "muon":
-            if projections:
+            if kinds["projection"]:
                 groups[0]["direction"] = "muon"
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "paged_adamw_8bit":  # states in 8 bit, paged to main memory when the GPU is full (arXiv 2305.14314, section 3)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 INK, ACCENT, MUTED, GRID = "#22303c", "#c2410c", "#8a97a3", "#e3e7eb"
 LEFT = [
     {"selector": "th, td", "props": "text-align: left; vertical-align: top"},
-    {"selector": "caption", "props": "text-align: left; font-weight: bold; padding: 4px 0"},
+    {"selector": "caption", "props": "text-align: left; font-weight: bold; padding: 4px 0; white-space: nowrap"},
 ]
 
 
