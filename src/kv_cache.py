@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from src.attention import plain_attention, position_bias, split_heads
 from src.slim_attention import StateWeights, attend_to_keys, attend_to_states
 
-SELF_KINDS, CROSS_KINDS = ("kv", "k", "x"), ("kv", "e")
+BLOCK = 32  # tokens
 CACHE_KINDS = ("kv", "k", "x", "kv+e", "k+e", "x+e")
 DEFAULT_CACHE_KIND = "x+e"
 
@@ -31,26 +31,36 @@ def parse_cache_kind(kind: str) -> tuple[str, str]:
 
 
 class Buffer:
-    """A tensor that grows along one axis, in place while its capacity lasts."""
+    """A tensor that grows along one axis by blocks of tokens, in place within a block.
+
+    Attention reads whole blocks, with what is not written yet masked: a matrix product copies an operand that is only part of its
+    memory, in every step. A new block copies what there is once in `BLOCK` steps.
+    """
 
     def __init__(self, axis: int, capacity: int | None) -> None:
         self.axis, self.capacity, self.length = axis, capacity, 0
         self.data: Tensor | None = None
 
-    def append(self, states: Tensor) -> Tensor:
-        """Add `states` at the end of the axis; returns a view of all there is."""
+    def room_for(self, length: int) -> int:
+        """Tokens that the tensor holds once it has grown to `length`, those not written yet included."""
+        if self.data is not None and length <= self.data.shape[self.axis]:
+            return self.data.shape[self.axis]
+        room = -(-length // BLOCK) * BLOCK
+        return room if self.capacity is None or self.capacity < length else min(room, self.capacity)
+
+    def append(self, states: Tensor, keys: int | None = None) -> Tensor:
+        """Add `states` at the end of the axis; returns a view of the first `keys` tokens, or of all that are written."""
         end = self.length + states.shape[self.axis]
         if self.data is None or end > self.data.shape[self.axis]:
             self._reserve(states, end)
         self.data.narrow(self.axis, self.length, end - self.length).copy_(states)
         self.length = end
-        return self.view()
+        return self.view() if keys is None else self.data.narrow(self.axis, 0, keys)
 
     def _reserve(self, states: Tensor, needed: int) -> None:
-        room = self.capacity if self.capacity is not None and self.capacity >= needed else 2 * needed
         shape = list(states.shape)
-        shape[self.axis] = room
-        data = states.new_empty(shape)
+        shape[self.axis] = self.room_for(needed)
+        data = states.new_zeros(shape)  # zeros: what is masked is still multiplied, by a weight of 0
         if self.length:
             data.narrow(self.axis, 0, self.length).copy_(self.view())
         self.data = data
@@ -64,8 +74,7 @@ class Buffer:
         if kept.shape[0] == self.data.shape[0]:
             self.view().copy_(kept)
         else:
-            length, self.length, self.data = self.length, 0, None
-            self.capacity = max(self.capacity or length, length)
+            self.length, self.data = 0, None
             self.append(kept)
 
 
@@ -76,8 +85,9 @@ class KeyValueLayer:
         self.key, self.value = Buffer(2, capacity), Buffer(2, capacity)
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-        key = self.key.append(split_heads(attention.k(states), attention.num_heads))
-        value = self.value.append(split_heads(attention.v(states), attention.num_heads))
+        keys = None if bias is None else bias.shape[-1]
+        key = self.key.append(split_heads(attention.k(states), attention.num_heads), keys)
+        value = self.value.append(split_heads(attention.v(states), attention.num_heads), keys)
         return plain_attention(query, key, value, bias, mask)
 
     def buffers(self) -> list[Buffer]:
@@ -91,7 +101,7 @@ class KeyLayer:
         self.key, self.weight = Buffer(2, capacity), weight
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-        key = self.key.append(split_heads(attention.k(states), attention.num_heads))
+        key = self.key.append(split_heads(attention.k(states), attention.num_heads), bias.shape[-1])
         return attend_to_keys(query, key, self.weight.to(query.dtype), masked(bias, mask, query.dtype))
 
     def buffers(self) -> list[Buffer]:
@@ -106,7 +116,8 @@ class StateLayer:
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         self.weights = self.weights or StateWeights.of(attention, query.dtype)
-        return attend_to_states(query, self.states.append(states.to(query.dtype)), self.weights, masked(bias, mask, query.dtype))
+        states = self.states.append(states.to(query.dtype), bias.shape[-1])
+        return attend_to_states(query, states, self.weights, masked(bias, mask, query.dtype))
 
     def buffers(self) -> list[Buffer]:
         return [self.states]
@@ -161,7 +172,7 @@ class T5Cache(Cache):
     Args:
         attentions: (self-attention, cross-attention) modules of each layer.
         kind: one of `CACHE_KINDS`.
-        capacity: decoder tokens to make room for at once; None: grow by doubling.
+        capacity: decoder tokens that will not be exceeded, so that no room is left over; None: not known.
         key_weights: W_KV of each layer for `k`; None for a layer that shall use `x`.
     """
 
@@ -174,7 +185,7 @@ class T5Cache(Cache):
         self.cross_layers = [
             CrossKeyValueLayer(attention, None) if cross == "kv" else SharedEncoderLayer(self.encoder_output) for _, attention in attentions
         ]
-        self.capacity, self._by_distance = capacity or 0, None
+        self._by_distance: Tensor | None = None
         super().__init__(layers=layers)
 
     @staticmethod
@@ -203,13 +214,19 @@ class T5Cache(Cache):
         return self.layers[layer_idx].buffers()[0].length
 
     def position_bias(self, table: nn.Embedding, start: int, length: int, max_distance: int) -> Tensor:
-        """The decoder's bias (1, heads, length, start + length); a step of one token reads a slice of what is kept for all."""
+        """The decoder's bias (1, heads, length, keys).
+
+        A step of one token reads a slice of what is kept for all steps, over the keys that the buffers have room for: the lowest number
+        of the dtype stands where none is written yet.
+        """
         if length > 1:
             return position_bias(table, start, length, start + length, False, max_distance)
-        if self._by_distance is None or self._by_distance.shape[-1] <= start:
-            room = max(self.capacity, 2 * (start + 1))
-            self._by_distance = position_bias(table, room - 1, 1, room, False, max_distance)
-        return self._by_distance[..., self._by_distance.shape[-1] - start - 1 :]
+        room = self.layers[0].buffers()[0].room_for(start + 1)
+        if self._by_distance is None or self._by_distance.shape[-1] < 2 * room:
+            past = position_bias(table, room - 1, 1, room, False, max_distance)
+            self._by_distance = torch.cat([past, torch.full_like(past, torch.finfo(past.dtype).min)], dim=-1)
+        first = self._by_distance.shape[-1] // 2 - start - 1
+        return self._by_distance[..., first : first + room]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search. The beams of one source share its encoder output, so cross-attention stays as it is."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-CHUNK_BYTES = 4 << 20  # states that stay in the processor's cache between the two products that read them
 # Share of V that K W_KV may be off by, in root mean square: about what rounding V itself to the dtype costs.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
@@ -66,17 +65,13 @@ def attend_to_states(query: Tensor, states: Tensor, weights: StateWeights, bias:
     Returns:
         (batch, heads, length, d_kv).
     """
-    batch, heads, length, _ = query.shape
+    heads_and_length = query.shape[1:3]
     wide = by_head(query, weights.key)  # (batch, heads, length, d_model)
-    context = torch.empty_like(wide)
-    rows = max(1, CHUNK_BYTES // (states[0].numel() * states.element_size()))
-    for first in range(0, batch, rows):
-        part = slice(first, first + rows)
-        scores = torch.bmm(wide[part].flatten(1, 2), states[part].mT).unflatten(1, (heads, length))  # (rows, heads, length, keys)
-        if bias is not None:
-            scores += bias if bias.shape[0] == 1 else bias[part]
-        attention = torch.softmax(scores, dim=-1).flatten(1, 2)  # (rows, heads x length, keys)
-        context[part] = torch.bmm(attention, states[part]).unflatten(1, (heads, length))
+    scores = torch.bmm(wide.flatten(1, 2), states.mT).unflatten(1, heads_and_length)  # (batch, heads, length, keys)
+    if bias is not None:
+        scores += bias
+    attention = torch.softmax(scores, dim=-1).flatten(1, 2)  # (batch, heads x length, keys)
+    context = torch.bmm(attention, states).unflatten(1, heads_and_length)  # (batch, heads, length, d_model)
     return by_head(context, weights.value)
 
 

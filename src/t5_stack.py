@@ -127,6 +127,8 @@ class T5Stack(T5PreTrainedModel):
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
         mask = additive(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
         encoder_mask, bias = additive(encoder_mask, dtype), self._bias(start, length, cache)
+        if mask is not None and mask.shape[-1] < bias.shape[-1]:  # a cache's room for tokens to come, which the bias masks
+            mask = nn.functional.pad(mask, (0, bias.shape[-1] - mask.shape[-1]))
         hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)
         for block in self.block:
             hidden_states = block(
