@@ -41,7 +41,7 @@ class SlimGenerationMixin(GenerationMixin):
 
         Args:
             kind: one of `src.kv_cache.CACHE_KINDS`.
-            capacity: decoder tokens to make room for; None: grow as needed.
+            capacity: decoder tokens that will not be exceeded, so that no room is left over; None: not known.
             calibration_ids: (rows, tokens) of real text, read by kind `k` unless `calibrate_key_cache` was called before.
 
         Raises:

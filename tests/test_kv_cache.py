@@ -95,6 +95,38 @@ def test_steps_are_the_whole_sequence(kind):
             assert cache.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_steps_heed_the_decoder_mask(kind):
+    """Breaks when a mask over the tokens so far does not fit the room for tokens to come, or opens it."""
+    _, model = pair()
+    ids, mask = prompts(6)
+    forced = torch.randint(2, 150, (6, 9), generator=torch.Generator().manual_seed(4))
+    seen = torch.ones(6, 9, dtype=torch.long)
+    seen[:3, 1:3] = 0
+    with torch.no_grad():
+        outputs = model.encoder(ids, attention_mask=mask)
+        rest = {"attention_mask": mask, "encoder_outputs": outputs}
+        expected = model(decoder_input_ids=forced, decoder_attention_mask=seen, **rest).logits
+        cache = model.new_cache(kind, calibration_ids=ids)
+        steps = [
+            model(decoder_input_ids=forced[:, i : i + 1], decoder_attention_mask=seen[:, : i + 1], past_key_values=cache, **rest).logits
+            for i in range(9)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_buffers_grow_by_blocks_and_hand_out_whole_ones():
+    """Breaks when a step's operand is part of its memory (a product would copy it), holds garbage, or a capacity leaves room over."""
+    buffer = Buffer(1, 70)
+    assert [buffer.room_for(length) for length in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 70]
+    assert [Buffer(1, None).room_for(length) for length in (65, 96, 97)] == [96, 96, 128]
+    for length in range(1, 71):
+        keys = buffer.append(torch.full((2, 1, 3), float(length)), buffer.room_for(length))
+        assert keys.is_contiguous()
+        assert keys[0, :, 0].tolist() == [*range(1, length + 1), *[0] * (keys.shape[1] - length)]
+    assert buffer.view().shape == buffer.data.shape == (2, 70, 3)
+
+
 def test_16_bit_errors_are_those_of_the_standard_cache():
     """Breaks when a rearranged product loses accuracy: in bf16 a slim cache may be off at most twice as far as `kv`."""
     _, model = pair(layers=3)
