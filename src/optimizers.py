@@ -16,9 +16,6 @@ from src.config import TrainingSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
 SMALLEST_RMS = 1e-3  # a parameter that starts at zero must still move (Adafactor, arXiv 1804.04235, section 8)
-# Position biases are added to scores, so they matter once they are about 1. They start 16 times smaller (d_model^-0.5), and steps
-# relative to that would leave the model without word order for a thousand steps.
-POSITION_BIAS_RMS = 1.0
 
 
 class OptimizerError(ValueError):
@@ -34,7 +31,7 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "direction": "adam", "momentum": 0.95}
-        super().__init__(groups, options | {"smallest_rms": SMALLEST_RMS})
+        super().__init__(groups, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -44,7 +41,7 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
             for parameter, update in directions(parameters, self.state, group):
                 size = torch.linalg.vector_norm(parameter) / math.sqrt(parameter.numel())
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update.mul_(size.clamp_min(group["smallest_rms"]) * group["lr"]))
+                parameter.sub_(update.mul_(size.clamp_min(SMALLEST_RMS) * group["lr"]))
 
 
 Directions = Iterator[tuple[torch.Tensor, torch.Tensor]]  # (parameter, a new tensor like it)
@@ -89,12 +86,10 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if is_tall else x
 
 
-def kind_of(name: str, parameter: nn.Parameter) -> str:
-    """ "projection" (a weight matrix inside a block), "position bias", or "other" (embedding, output layer, norm, offset)."""
-    if "relative_attention_bias" in name:
-        return "position bias"
-    outside = ("shared", "embed_tokens", "lm_head")
-    return "projection" if parameter.ndim == 2 and not any(part in name for part in outside) else "other"
+def is_projection(name: str, parameter: nn.Parameter) -> bool:
+    """A weight matrix inside a block: not an embedding, the output layer, a position bias, a norm or an offset."""
+    outside = ("shared", "embed_tokens", "lm_head", "relative_attention_bias")
+    return parameter.ndim == 2 and not any(part in name for part in outside)
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -108,14 +103,9 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise OptimizerError("the model has no trainable parameter: unfreeze some or add adapters")
-    kinds: dict[str, list[nn.Parameter]] = {"projection": [], "position bias": [], "other": []}
-    for name, parameter in trainable:
-        kinds[kind_of(name, parameter)].append(parameter)
-    groups = [
-        {"params": kinds["projection"], "weight_decay": settings.weight_decay},
-        {"params": kinds["position bias"], "weight_decay": 0.0, "smallest_rms": POSITION_BIAS_RMS},
-        {"params": kinds["other"], "weight_decay": 0.0},
-    ]
+    projections = [parameter for name, parameter in trainable if is_projection(name, parameter)]
+    others = [parameter for name, parameter in trainable if not is_projection(name, parameter)]
+    groups = [{"params": projections, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     match settings.optimizer:
         case "adamw":
@@ -123,7 +113,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         case "adamw_rms_scaled":
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "muon":
-            if kinds["projection"]:
+            if projections:
                 groups[0]["direction"] = "muon"
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "paged_adamw_8bit":  # states in 8 bit, paged to main memory when the GPU is full (arXiv 2305.14314, section 3)
