@@ -189,7 +189,7 @@ assert torch.equal(found, saved["logits"]), (found - saved["logits"]).abs().max(
 def test_merged_model_is_stock_and_predicts_the_same(base_folder, tmp_path, changes):
     """Merging onto the original instead of the dequantised weights gives another model than the one that was judged."""
     model, data = adapted(base_folder, **changes), batch(T5ForConditionalGeneration)
-    train(model.train(), data)
+    train(model.train(), data, learning_rate=2e-3)  # a larger adapter drowns the base, and rounding it drowns what is tested
     qlora.save_adapter(model, tmp_path / "adapter", base_folder)
     merged = qlora.merge_to_16_bit(load(base_folder), tmp_path / "adapter", base_folder)
     merged.save_pretrained(tmp_path / "merged")
@@ -197,9 +197,12 @@ def test_merged_model_is_stock_and_predicts_the_same(base_folder, tmp_path, chan
     assert type(stock).__module__.startswith("transformers.")
     assert stock.dtype == torch.bfloat16
     expected, found = logits(model, data), logits(stock, data)
-    assert torch.equal(expected.argmax(-1), found.argmax(-1))
     distance = (expected.softmax(-1) - found.softmax(-1)).abs().max()
-    assert distance < 0.05
+    assert distance < 0.02
+    first, second = expected.softmax(-1).topk(2).values.unbind(-1)
+    decided = first - second > 2 * distance  # closer than that, rounding to bf16 decides, and each processor rounds its own way
+    assert decided.float().mean() > 0.5
+    assert torch.equal(expected.argmax(-1)[decided], found.argmax(-1)[decided])
     if changes == {"quantised": True}:
         wrong = qlora.attach(load(base_folder).float(), tmp_path / "adapter").merge_and_unload()
         assert (expected.softmax(-1) - logits(wrong, data).softmax(-1)).abs().max() > 2 * distance
