@@ -197,12 +197,9 @@ def test_merged_model_is_stock_and_predicts_the_same(base_folder, tmp_path, chan
     assert type(stock).__module__.startswith("transformers.")
     assert stock.dtype == torch.bfloat16
     expected, found = logits(model, data), logits(stock, data)
+    assert torch.equal(expected.argmax(-1), found.argmax(-1))
     distance = (expected.softmax(-1) - found.softmax(-1)).abs().max()
     assert distance < 0.02
-    first, second = expected.softmax(-1).topk(2).values.unbind(-1)
-    decided = first - second > 2 * distance  # closer than that, rounding to bf16 decides, and each processor rounds its own way
-    assert decided.float().mean() > 0.5
-    assert torch.equal(expected.argmax(-1)[decided], found.argmax(-1)[decided])
     if changes == {"quantised": True}:
         wrong = qlora.attach(load(base_folder).float(), tmp_path / "adapter").merge_and_unload()
         assert (expected.softmax(-1) - logits(wrong, data).softmax(-1)).abs().max() > 2 * distance
