@@ -13,6 +13,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from src.config import TrainingSettings
+from src.environment import best_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
 SMALLEST_RMS = 1e-3  # a parameter that starts at zero must still move (Adafactor, arXiv 1804.04235, section 8)
@@ -75,10 +76,13 @@ def muon_directions(parameters: Iterable[torch.Tensor], states: Mapping, group: 
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest matrices with all singular values near 1, by Newton-Schulz iteration in bf16: (matrices, rows, columns)."""
+    """Nearest matrices with all singular values near 1, by Newton-Schulz iteration: (matrices, rows, columns).
+
+    In bf16, whose rounding the iteration forgives, but only where that is native: emulated it took a minute a step.
+    """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = (matrices.mT if is_tall else matrices).to(torch.bfloat16 if best_precision() == "bf16" else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
