@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import T5Config
 
-from src.compilation import blocks_of, compile_blocks
+from src.compilation import compile_blocks
 from src.environment import keep_freed_memory
 from src.modeling_t5 import T5ForConditionalGeneration
 
@@ -35,7 +35,7 @@ def build(kind: str, dropout: float, vocab_size: int) -> torch.nn.Module:
     attention, _, compiled = kind.partition("+")
     if attention == "ours":
         if compiled:
-            compile_blocks(blocks_of(ours))
+            compile_blocks(ours)
         return ours
     stock = transformers.T5ForConditionalGeneration(config).train()
     stock.set_attn_implementation(attention)

@@ -128,6 +128,7 @@ class PretrainingSettings(TrainingSettings):
 
     optimizer: str = "muon"
     learning_rate: float = 5e-2
+    initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more
     packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
@@ -137,6 +138,7 @@ class PretrainingSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.initialisation in ("informed", "t5"), "pretraining.initialisation must be informed or t5")
         require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
@@ -240,7 +242,7 @@ PROFILES = {
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
-        pretraining=PretrainingSettings(max_minutes=120, warmup_steps=50, compile=True),
+        pretraining=PretrainingSettings(rows_per_step=8, rows_per_micro_batch=8, max_minutes=120, warmup_steps=50, compile=True),
         classification=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
         text_to_text=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
     ),

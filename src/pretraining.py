@@ -25,10 +25,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.collators import Documents, PackedEpoch, PretrainingBatches, sentinel_range
 from src.config import ModelSettings, PretrainingSettings
 from src.environment import best_precision
+from src.initialisation import InformedStart
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
 from src.span_corruption import corrupted_lengths, example_rng, noise_mask
-from src.tokenizer import copy_sentencepiece
+from src.tokenizer import TokenizedDocuments, copy_sentencepiece
 from src.training import TrainingResult
 
 WORD_START = "▁"  # SentencePiece's mark on a piece that begins a word
@@ -55,6 +56,11 @@ def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForCondit
     )
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
+
+
+def first_weights(settings: PretrainingSettings, documents: TokenizedDocuments) -> InformedStart | None:
+    """What sets the weights of a new run in place of T5's random ones, if `settings.initialisation` wants that."""
+    return InformedStart(documents, settings.seed) if settings.initialisation == "informed" else None
 
 
 class SpanCorruptionEvaluation:

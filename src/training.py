@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 
 from src.checkpoints import Checkpoints, TrainingState, run_digest
@@ -55,6 +56,7 @@ def train(
     monitor: str = "validation_loss",
     higher_is_better: bool = False,
     run_inputs: Mapping[str, Any] | None = None,
+    initialise: Callable[[nn.Module], None] | None = None,
     on_evaluation: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> TrainingResult:
     """Train until the first budget is spent, resuming by itself where the same run was cut off.
@@ -64,6 +66,8 @@ def train(
         output_dir: checkpoints go to a folder below it, named after the run.
         evaluate: called with the bare model in eval mode, without gradients; returns metrics, `monitor` among them.
         run_inputs: anything else that makes this run another one, e.g. digests of artifacts.
+        initialise: called with the model before the first step of a new run, not when one is resumed; what it does must follow
+            from `settings` and `run_inputs`.
         on_evaluation: called with the log after each evaluation, e.g. to redraw a curve.
 
     Raises:
@@ -73,7 +77,8 @@ def train(
     """
     keep_freed_memory()
     run = TrainingRun(model, train_source, settings, output_dir, evaluate, monitor, higher_is_better, run_inputs or {})
-    run.resume()
+    if not run.resume() and initialise is not None:
+        run.initialise(initialise)
     with StopRequest() as stop, run.show_progress() as bar, compiled_blocks(model, settings.compile):
         run.evaluate_if_due(on_evaluation)
         while not run.is_over():
@@ -115,13 +120,21 @@ class TrainingRun:
 
     # --- where the run stands ---
 
-    def resume(self) -> None:
-        """Go on from the newest valid checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Go on from the newest valid checkpoint, if there is one. Returns whether there was."""
         if (found := self.checkpoints.load_newest(self.model, self.optimizer, self.gradients.scaler)) is not None:
             self.state, self.log = found
             print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
         self.clock_start = time.monotonic() - self.state.seconds
         self.open_epoch()
+        return found is not None
+
+    def initialise(self, initialise: Callable[[nn.Module], None]) -> None:
+        """First weights, of one process for all: two machines may round them differently. The clock runs meanwhile."""
+        if self.accelerator.is_main_process:
+            initialise(self.model)
+        for parameter in self.model.parameters():
+            broadcast(parameter.data)
 
     def open_epoch(self) -> None:
         self.epoch = self.source.epoch(self.state.epoch)

@@ -149,6 +149,33 @@ def test_another_run_never_resumes_from_this_one(tmp_path, capsys):
     assert tiny_run.run(tmp_path, max_steps=2, rows_per_micro_batch=4).folder in folders  # this one changes no result
 
 
+def test_first_weights_are_set_once(tmp_path):
+    """Set again on a resumed run they would throw away what was learned; not set on a new one, the recipe is another."""
+    calls = []
+
+    def initialise(model):
+        calls.append(1)
+        with torch.no_grad():
+            model.shared.weight.mul_(0.5)
+
+    def run(folder, evaluate):
+        return train(new_model(), tiny_run.source(settings(12)), settings(12), folder, evaluate=evaluate, initialise=initialise)
+
+    whole, evaluate = run(tmp_path / "whole", tiny_run.evaluator()), tiny_run.evaluator()
+    plain = train(new_model(), tiny_run.source(settings(1)), settings(1), tmp_path / "plain", evaluate=evaluate)
+    assert abs(whole.log[0]["loss"] - plain.log[0]["loss"]) > 1e-3
+
+    def fail_late(model):
+        if len(list((tmp_path / "cut").glob("run-*/step-*"))):
+            raise KeyError("cut off")
+        return evaluate(model)
+
+    with pytest.raises(KeyError):
+        run(tmp_path / "cut", fail_late)
+    assert tiny_run.digests(run(tmp_path / "cut", evaluate)) == tiny_run.digests(whole)
+    assert len(calls) == 2
+
+
 def settings(steps, **changes):
     return tiny_run.replace(tiny_run.SETTINGS, max_steps=steps, **changes)
 

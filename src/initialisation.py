@@ -1,0 +1,122 @@
+"""First weights that know what counting knows, so that pre-training does not begin on a plateau.
+
+Drawn at random, a T5 of this size spends its first millions of tokens at the loss of a unigram model: attention has nothing to look for
+before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Four things,
+taken from the corpus and from the shape of the task, break that circle; the checkpoint stays a plain T5:
+
+    embeddings        principal directions of which tokens stand beside which in the training texts
+    cross-attention   queries equal to keys, so a sentinel in the decoder finds the same sentinel in the encoder
+    position biases   nearer tokens count more, in each head over another range
+    residual outputs  half as large, so a token still recognises itself at the end of the encoder
+
+The price is some seconds of counting at the start.
+"""
+
+import math
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.utils.extmath import randomized_svd
+from torch import nn
+
+from src.attention import relative_position_bucket
+from src.modeling_t5 import T5ForConditionalGeneration
+from src.t5_layers import T5Attention, T5FeedForward
+from src.tokenizer import TokenizedDocuments
+
+NEIGHBOUR_WEIGHTS = (1.0, 0.5)  # of the next token and of the one after it
+MOST_TOKENS, CHUNK = 20_000_000, 4_000_000  # that are counted in all and at once
+CONTEXT_SMOOTHING = 0.75  # of context counts, and 0.5 for singular values: Levy, Goldberg and Dagan 2015, TACL 3, section 3
+SELF_SCORE = 16.0  # attention score of a normed state with itself; scores at random have a variance of SELF_SCORE**2 / d_kv
+STEEPEST_SLOPE, SLOPE_RANGE = 1.0, 16.0  # position bias per token of distance in the first head, and its ratio to the last head's
+LOWEST_BIAS = -8.0
+RESIDUAL_SHARE = 0.5
+
+
+class InformedStart:
+    """Sets a model's first weights from training documents; call it with the model.
+
+    Args:
+        documents: what the model will be trained on, and nothing else.
+        seed: of the random projections of the decomposition.
+    """
+
+    def __init__(self, documents: TokenizedDocuments, seed: int) -> None:
+        self.documents, self.seed = documents, seed
+
+    @torch.no_grad()
+    def __call__(self, model: T5ForConditionalGeneration) -> None:
+        for attention in (module for module in model.modules() if isinstance(module, T5Attention)):
+            attention.o.weight.mul_(RESIDUAL_SHARE)
+        for feed_forward in (module for module in model.modules() if isinstance(module, T5FeedForward)):
+            feed_forward.wo.weight.mul_(RESIDUAL_SHARE)
+        for block in model.decoder.block:
+            align_queries_with_keys(block.layer[1].EncDecAttention)
+        for stack in (model.encoder, model.decoder):
+            prefer_near_tokens(stack.block[0].layer[0].SelfAttention.relative_attention_bias, not stack.config.is_decoder, model.config)
+        embed(model.shared, self.documents, self.seed)
+
+
+def align_queries_with_keys(attention: T5Attention) -> None:
+    """W_Q = W_K, of a size that gives a state of RMS 1 the score `SELF_SCORE` with itself (T5 does not divide by sqrt(d_kv))."""
+    inner, d_model = attention.k.weight.shape
+    d_kv = inner // attention.num_heads
+    nn.init.normal_(attention.k.weight, std=math.sqrt(SELF_SCORE / (d_model * d_kv)))
+    attention.q.weight.copy_(attention.k.weight)
+
+
+def prefer_near_tokens(table: nn.Embedding, bidirectional: bool, config) -> None:
+    """A bias that falls linearly with distance, in each head at another slope (as ALiBi's, arXiv 2108.12409), but learned from there on."""
+    num_buckets, num_heads = table.weight.shape
+    farthest = config.relative_attention_max_distance
+    distances = torch.arange(-farthest, farthest + 1)
+    buckets = relative_position_bucket(distances, bidirectional, num_buckets, farthest)
+    nearest = torch.full((num_buckets,), farthest).scatter_reduce(0, buckets, distances.abs(), "amin")  # distance at which a bucket begins
+    slopes = STEEPEST_SLOPE * SLOPE_RANGE ** (-torch.arange(num_heads) / max(1, num_heads - 1))
+    table.weight.copy_((-nearest[:, None] * slopes).clamp_min(LOWEST_BIAS))  # (num_buckets, num_heads)
+
+
+def embed(table: nn.Embedding, documents: TokenizedDocuments, seed: int) -> None:
+    """Give each token that the documents hold the vector of its neighbourhood, at RMS 1; other tokens keep theirs."""
+    vectors = torch.from_numpy(neighbourhood_vectors(neighbour_counts(documents, table.num_embeddings), table.embedding_dim, seed))
+    size = vectors.square().mean(1, keepdim=True).sqrt()
+    seen = size[:, 0] > 1e-6 * size.max()
+    table.weight[seen, : vectors.shape[1]] = (vectors / size)[seen].to(table.weight)
+
+
+def neighbour_counts(documents: TokenizedDocuments, vocab_size: int) -> scipy.sparse.csr_matrix:
+    """How often token j stands behind token i, one place (counted once) or two (counted half): float32 (vocab_size, vocab_size).
+
+    At most `MOST_TOKENS` are read, from evenly spaced places. A pair that spans two documents is one in a thousand, and counted.
+    """
+    tokens = documents.tokens
+    total = scipy.sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float32)
+    starts = range(0, len(tokens), max(CHUNK, len(tokens) * CHUNK // MOST_TOKENS))
+    for start in starts:
+        chunk = np.asarray(tokens[start : start + CHUNK], dtype=np.int32)
+        for distance, weight in enumerate(NEIGHBOUR_WEIGHTS, 1):
+            pairs = (chunk[:-distance], chunk[distance:])
+            weights = np.full(len(pairs[0]), weight, np.float32)
+            total = total + scipy.sparse.coo_matrix((weights, pairs), shape=total.shape).tocsr()
+    return total
+
+
+def neighbourhood_vectors(counts: scipy.sparse.csr_matrix, dimensions: int, seed: int) -> np.ndarray:
+    """Principal directions of the tokens' positive pointwise mutual information with followers and predecessors.
+
+    Returns:
+        float32 (vocab_size, dimensions or what the counts can give); a zero row for a token without neighbours.
+    """
+    information = scipy.sparse.hstack([positive_information(counts), positive_information(counts.T.tocsr())]).tocsr()
+    directions, sizes, _ = randomized_svd(information, min(dimensions, len(counts.indptr) - 1), n_iter=3, random_state=seed)
+    return np.ascontiguousarray(directions * np.sqrt(sizes), dtype=np.float32)
+
+
+def positive_information(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    """max(0, log p(context | token) / p(context)), with smoothed p(context), where a pair was seen."""
+    pairs = counts.tocoo()
+    of_token, of_context = np.asarray(counts.sum(1)).ravel(), np.asarray(counts.sum(0)).ravel() ** CONTEXT_SMOOTHING
+    information = np.log(pairs.data / (of_token[pairs.row] * (of_context / of_context.sum())[pairs.col]))
+    kept = information > 0
+    return scipy.sparse.csr_matrix((information[kept], (pairs.row[kept], pairs.col[kept])), shape=counts.shape, dtype=np.float32)
