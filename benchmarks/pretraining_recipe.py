@@ -119,7 +119,7 @@ def contestants(settings: config.Settings, tokenizer, documents) -> list[Contest
     if default.compile:
         compile_blocks(model)
     started = time.perf_counter()
-    if initialise := first_weights(default, documents):
+    if initialise := first_weights(model, documents, default):
         initialise(model)
     spent = time.perf_counter() - started
     return [

@@ -13,17 +13,21 @@ The price is some seconds of counting at the start.
 """
 
 import math
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import torch
 from sklearn.utils.extmath import randomized_svd
 from torch import nn
+from transformers import T5Config
 
 from src.attention import relative_position_bucket
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.t5_layers import T5Attention, T5FeedForward
-from src.tokenizer import TokenizedDocuments
+from src.tokenizer import WORD_START, TokenizedDocuments
 
 NEIGHBOUR_WEIGHTS = (1.0, 0.5)  # of the next token and of the one after it
 MOST_TOKENS, CHUNK = 20_000_000, 4_000_000  # that are counted in all and at once
@@ -39,50 +43,67 @@ class InformedStart:
 
     Args:
         documents: what the model will be trained on, and nothing else.
+        config: of the model.
         seed: of the random projections of the decomposition.
     """
 
-    def __init__(self, documents: TokenizedDocuments, seed: int) -> None:
-        self.documents, self.seed = documents, seed
+    def __init__(self, documents: TokenizedDocuments, config: T5Config, seed: int) -> None:
+        self.documents, self.config, self.seed = documents, config, seed
+
+    @cached_property
+    def counts(self) -> scipy.sparse.csr_matrix:
+        return neighbour_counts(self.documents, self.config.vocab_size)
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """One vector of RMS 1 a token, zero where a token was not seen: float32 (vocab_size, d_model or what the counts can give)."""
+        vectors = neighbourhood_vectors(self.counts, self.config.d_model, self.seed)
+        size = np.sqrt(np.square(vectors).mean(1, keepdims=True))
+        return np.divide(vectors, size, out=np.zeros_like(vectors), where=size > 1e-6 * size.max())
 
     @torch.no_grad()
     def __call__(self, model: T5ForConditionalGeneration) -> None:
-        for attention in (module for module in model.modules() if isinstance(module, T5Attention)):
-            attention.o.weight.mul_(RESIDUAL_SHARE)
-        for feed_forward in (module for module in model.modules() if isinstance(module, T5FeedForward)):
-            feed_forward.wo.weight.mul_(RESIDUAL_SHARE)
+        for module in model.modules():
+            if isinstance(module, T5Attention | T5FeedForward):
+                (module.o if isinstance(module, T5Attention) else module.wo).weight.mul_(RESIDUAL_SHARE)
         for block in model.decoder.block:
             align_queries_with_keys(block.layer[1].EncDecAttention)
         for stack in (model.encoder, model.decoder):
-            prefer_near_tokens(stack.block[0].layer[0].SelfAttention.relative_attention_bias, not stack.config.is_decoder, model.config)
-        embed(model.shared, self.documents, self.seed)
+            prefer_near_tokens(stack.block[0].layer[0].SelfAttention.relative_attention_bias, stack.config)
+        vectors = torch.from_numpy(self.vectors)
+        seen = vectors.any(1)
+        model.shared.weight[seen, : vectors.shape[1]] = vectors[seen].to(model.shared.weight)  # other tokens keep what was drawn
+
+    def nearest_tokens(self, tokenizer: Any, tokens: int = 8, nearest: int = 6, every: int = 12) -> pd.DataFrame:
+        """For every twelfth of the commonest longer words, the tokens with the closest vectors (cosine): columns `token`, `nearest`."""
+        pieces = np.array(tokenizer.convert_ids_to_tokens(range(self.config.vocab_size)))
+        seen = np.flatnonzero(self.vectors.any(1))
+        common = seen[np.asarray(self.counts.sum(1)).ravel()[seen].argsort()[::-1]]
+        words = [i for i in common if pieces[i].startswith(WORD_START) and pieces[i][1:].isalpha() and len(pieces[i]) > 5]
+        rows = []
+        for word in words[: every * tokens : every]:
+            order = seen[(self.vectors[seen] @ self.vectors[word]).argsort()[::-1]]
+            close = [pieces[i].replace(WORD_START, "") for i in order if i != word][:nearest]
+            rows.append({"token": pieces[word].replace(WORD_START, ""), "nearest": ", ".join(close)})
+        return pd.DataFrame(rows)
 
 
 def align_queries_with_keys(attention: T5Attention) -> None:
     """W_Q = W_K, of a size that gives a state of RMS 1 the score `SELF_SCORE` with itself (T5 does not divide by sqrt(d_kv))."""
-    inner, d_model = attention.k.weight.shape
-    d_kv = inner // attention.num_heads
-    nn.init.normal_(attention.k.weight, std=math.sqrt(SELF_SCORE / (d_model * d_kv)))
+    d_kv = attention.k.out_features // attention.num_heads
+    attention.k.weight.mul_(math.sqrt(SELF_SCORE / d_kv))  # drawn so that each entry of a key has variance 1
     attention.q.weight.copy_(attention.k.weight)
 
 
-def prefer_near_tokens(table: nn.Embedding, bidirectional: bool, config) -> None:
+def prefer_near_tokens(table: nn.Embedding, config: T5Config) -> None:
     """A bias that falls linearly with distance, in each head at another slope (as ALiBi's, arXiv 2108.12409), but learned from there on."""
     num_buckets, num_heads = table.weight.shape
     farthest = config.relative_attention_max_distance
     distances = torch.arange(-farthest, farthest + 1)
-    buckets = relative_position_bucket(distances, bidirectional, num_buckets, farthest)
+    buckets = relative_position_bucket(distances, not config.is_decoder, num_buckets, farthest)
     nearest = torch.full((num_buckets,), farthest).scatter_reduce(0, buckets, distances.abs(), "amin")  # distance at which a bucket begins
     slopes = STEEPEST_SLOPE * SLOPE_RANGE ** (-torch.arange(num_heads) / max(1, num_heads - 1))
     table.weight.copy_((-nearest[:, None] * slopes).clamp_min(LOWEST_BIAS))  # (num_buckets, num_heads)
-
-
-def embed(table: nn.Embedding, documents: TokenizedDocuments, seed: int) -> None:
-    """Give each token that the documents hold the vector of its neighbourhood, at RMS 1; other tokens keep theirs."""
-    vectors = torch.from_numpy(neighbourhood_vectors(neighbour_counts(documents, table.num_embeddings), table.embedding_dim, seed))
-    size = vectors.square().mean(1, keepdim=True).sqrt()
-    seen = size[:, 0] > 1e-6 * size.max()
-    table.weight[seen, : vectors.shape[1]] = (vectors / size)[seen].to(table.weight)
 
 
 def neighbour_counts(documents: TokenizedDocuments, vocab_size: int) -> scipy.sparse.csr_matrix:

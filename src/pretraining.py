@@ -29,10 +29,8 @@ from src.initialisation import InformedStart
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
 from src.span_corruption import corrupted_lengths, example_rng, noise_mask
-from src.tokenizer import TokenizedDocuments, copy_sentencepiece
+from src.tokenizer import WORD_START, TokenizedDocuments, copy_sentencepiece
 from src.training import TrainingResult
-
-WORD_START = "▁"  # SentencePiece's mark on a piece that begins a word
 
 
 def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForConditionalGeneration:
@@ -58,9 +56,9 @@ def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForCondit
     return T5ForConditionalGeneration(config)
 
 
-def first_weights(settings: PretrainingSettings, documents: TokenizedDocuments) -> InformedStart | None:
+def first_weights(model: nn.Module, documents: TokenizedDocuments, settings: PretrainingSettings) -> InformedStart | None:
     """What sets the weights of a new run in place of T5's random ones, if `settings.initialisation` wants that."""
-    return InformedStart(documents, settings.seed) if settings.initialisation == "informed" else None
+    return InformedStart(documents, model.config, settings.seed) if settings.initialisation == "informed" else None
 
 
 class SpanCorruptionEvaluation:

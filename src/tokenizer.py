@@ -21,6 +21,7 @@ SENTINELS = 100
 SMALLEST_VOCABULARY = 300  # that the settings allow
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "spiece.model"
+WORD_START = "▁"  # SentencePiece's mark on a piece that begins a word
 THREADS = 2  # fixed: the sums of a training step depend on how many threads share it
 # What training sees is bounded, whatever the corpus: SentencePiece takes about 30 bytes of memory for each character.
 CHARACTERS_PER_DOCUMENT, CHARACTERS_IN_ALL, CHARACTERS_PER_SENTENCE = 12_000, 50_000_000, 4_000

@@ -29,7 +29,7 @@ def random_corpus(seed=0, tokens=20_000):
 
 def informed_model():
     model = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)
-    InformedStart(random_corpus(), seed=0)(model)
+    InformedStart(random_corpus(), model.config, seed=0)(model)
     return model.eval()
 
 
@@ -72,7 +72,22 @@ def test_unseen_tokens_keep_their_vectors_and_all_have_one_size():
     torch.testing.assert_close(model.shared.weight[120:], drawn.shared.weight[120:], rtol=0, atol=0)
     sizes = model.shared.weight.detach().square().mean(1).sqrt()
     torch.testing.assert_close(sizes[3:43], torch.ones(40))
+    similarity = torch.cosine_similarity(model.shared.weight[40], model.shared.weight[3:43], dim=1)
+    assert similarity.argsort(descending=True)[:2].tolist() == [37, 38]  # 40 itself and 41: each row is its token's
     assert model.lm_head.weight is model.shared.weight
+
+
+def test_nearest_tokens_are_words_with_the_words_that_keep_their_company():
+    """What the notebook shows people: an index into the wrong table would show them nonsense with confidence."""
+
+    class Tokenizer:
+        def convert_ids_to_tokens(self, ids):
+            return [f"▁word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in ids]
+
+    start = InformedStart(random_corpus(), informed_model().config, seed=0)
+    shown = start.nearest_tokens(Tokenizer(), tokens=200, nearest=1, every=1).set_index("token")["nearest"]
+    assert shown["wordbo"] == "wordbp"  # tokens 40 and 41
+    assert start.nearest_tokens(Tokenizer(), tokens=1, nearest=6)["nearest"].str.count(",").tolist() == [5]
 
 
 def share_on_own_sentinel(model) -> float:

@@ -20,6 +20,7 @@ from torch import nn
 from src.attention import relative_position_bucket
 from src.display.style import ACCENT, GRID, INK, finished, plain_axes
 from src.packing import IGNORED
+from src.tokenizer import WORD_START
 
 SCREEN_DPI = 72  # keeps a notebook of several figures small
 EXAMPLE_COLOURS = ("#fde68a", "#bfdbfe", "#bbf7d0", "#fecaca", "#ddd6fe", "#fed7aa", "#a5f3fc", "#e5e7eb")
@@ -31,7 +32,7 @@ def token_spans(pieces: Sequence[str], colours: Sequence[str | None]) -> str:
     spans = []
     for piece, colour in zip(pieces, colours, strict=True):
         style = f"background:{colour};border-radius:2px;padding:1px 0" if colour else ""
-        spans.append(f'<span style="{style}">{html.escape(piece.replace("▁", " "))}</span>')
+        spans.append(f'<span style="{style}">{html.escape(piece.replace(WORD_START, " "))}</span>')
     return "".join(spans)
 
 
@@ -142,6 +143,11 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     rates.plot(steps.index, steps["learning_rate"], color=INK)
     rates.set(xlabel="step", ylabel="learning rate")
     return finished(figure)
+
+
+def nearest_table(rows: pd.DataFrame) -> Styler:
+    """Tokens and those that keep the same company."""
+    return rows.style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 
 def spans_table(rows: Sequence[Mapping[str, str]]) -> Styler:
