@@ -24,7 +24,8 @@ def number(value: Any) -> str:
 
 
 def words(key: str) -> str:
-    return key.replace("_", " ")
+    """`minutes_to_4_5` is "minutes to 4.5"."""
+    return re.sub(r"(?<=\d)_(?=\d)", ".", key).replace("_", " ")
 
 
 def scalars_table(result: Mapping[str, Any]) -> list[str]:
