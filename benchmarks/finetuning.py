@@ -86,7 +86,10 @@ def seconds_of(model: torch.nn.Module, settings: FinetuningSettings, batches: li
 def build(arguments: argparse.Namespace, texts: list[str]) -> tuple[torch.nn.Module, object, FinetuningSettings]:
     """A classifier of the profile's widths, its tokenizer (trained on the texts unless a checkpoint is given) and its settings."""
     settings = settings_for(arguments.profile)
-    chosen = replace(settings.classification.with_method(arguments.method), inputs_length=arguments.row_length)
+    chosen = settings.classification.with_method(arguments.method)
+    length = arguments.row_length or chosen.inputs_length
+    rows = max(1, chosen.rows_per_step * chosen.inputs_length // length)  # of any length, about as many tokens in a step
+    chosen = replace(chosen, inputs_length=length, rows_per_step=rows, rows_per_micro_batch=rows)
     with tempfile.TemporaryDirectory() as folder:
         base = arguments.base or Path(folder)
         if arguments.base is None:
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--profile", default="mini", help="whose widths the model has")
     parser.add_argument("--base", type=Path, help="a T5 checkpoint with tokenizer, in place of random weights and a tokenizer of the texts")
     parser.add_argument("--method", default="full", choices=("full", "lora", "qlora"))
-    parser.add_argument("--row-length", type=int, default=128, help="tokens of a packed row")
+    parser.add_argument("--row-length", type=int, help="tokens of a packed row, in place of the profile's")
     parser.add_argument("--vocab-size", type=int, default=2_000)
     parser.add_argument("--sentences", type=int, default=768, help="sentences of one round; padding to 512 gets a sixth of them")
     parser.add_argument("--rounds", type=int, default=3)
@@ -113,10 +116,10 @@ def main() -> None:
     frame = read_labelled(arguments.labelled, label_map=arguments.label_map, max_documents=arguments.sentences)
     texts, labels = frame["text"].tolist(), frame["label"].to_numpy(np.int64)
     model, tokenizer, settings = build(arguments, texts)
-    inputs = encode(texts, tokenizer, arguments.row_length)
+    inputs = encode(texts, tokenizer, settings.inputs_length)
     source = ClassificationBatches(texts, labels, tokenizer, settings, shuffle=True, truncate=True)
     epoch = source.epoch(0)
-    rows_per_step = settings.rows_per_step * max(1, 512 // arguments.row_length)
+    rows_per_step = settings.rows_per_step
     per_step = round(len(texts) * rows_per_step / epoch.num_rows)
     part = len(texts) // 6
     batches = {
@@ -137,8 +140,8 @@ def main() -> None:
     print(f"{len(texts)} sentences, {sum(map(len, inputs)) / len(inputs):.1f} tokens each, about {per_step} in a step")
     ratios = {f"speed_ratio_{way}": round(median["packed"] / median[way], 3) for way in ("pad512", "bucketed", "sorted")}
     report = {**ratios, "real_token_fraction": round(epoch.packing.input_efficiency, 4), "sentences_per_s": round(median["packed"], 1)}
-    report |= {"labelled": arguments.labelled, "profile": arguments.profile, "method": arguments.method, "row_length": arguments.row_length}
-    print(json.dumps(report | {"threads": torch.get_num_threads(), "rounds": arguments.rounds}))
+    report |= {"labelled": arguments.labelled, "profile": arguments.profile, "method": arguments.method}
+    print(json.dumps(report | {"row_length": settings.inputs_length, "threads": torch.get_num_threads(), "rounds": arguments.rounds}))
 
 
 if __name__ == "__main__":

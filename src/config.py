@@ -243,8 +243,23 @@ PROFILES = {
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
         pretraining=PretrainingSettings(rows_per_step=8, rows_per_micro_batch=8, max_minutes=120, warmup_steps=50, compile=True),
-        classification=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
-        text_to_text=FinetuningSettings(learning_rate=1e-3, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=20),
+        classification=FinetuningSettings(
+            learning_rate=1e-3,
+            inputs_length=256,  # long enough for any sentence; attention over rows of 512 costs a quarter more
+            rows_per_step=8,
+            rows_per_micro_batch=8,
+            max_epochs=8,
+            warmup_steps=20,
+        ),
+        text_to_text=FinetuningSettings(
+            learning_rate=1e-3,
+            inputs_length=256,
+            targets_length=57,
+            rows_per_step=8,
+            rows_per_micro_batch=8,
+            max_epochs=8,
+            warmup_steps=20,
+        ),
     ),
     # The widths of T5-small; wants a GPU.
     "small": Settings(
