@@ -155,8 +155,7 @@ def test_first_weights_are_set_once(tmp_path):
 
     def initialise(model):
         calls.append(1)
-        with torch.no_grad():
-            model.shared.weight.mul_(0.5)
+        tiny_run.halve(model)
 
     def run(folder, evaluate):
         return train(new_model(), tiny_run.source(settings(12)), settings(12), folder, evaluate=evaluate, initialise=initialise)
@@ -316,14 +315,14 @@ def test_best_weights_come_back(tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """Data-parallel training must be the same training: same global batch, same losses; only one process writes."""
-    options = ["max_steps=8", "dropout=0"]
+    """Data-parallel training must be the same training: same first weights, global batch and losses; only one process writes."""
+    options = ["max_steps=8", "dropout=0", "halved=true"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20_000, 40_000))]
     command = [*launch, "-m", "tests.tiny_run", str(tmp_path / "two"), *options]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    one = tiny_run.run(tmp_path / "one", dropout=0, max_steps=8)
+    one = tiny_run.run(tmp_path / "one", dropout=0, halved=True, max_steps=8)
     (folder,) = (tmp_path / "two").glob("run-*")
     log = [json.loads(line) for line in (folder / "step-00000008" / "training_log.jsonl").read_text().splitlines()]
     for key in ("loss", "gradient_norm", "tokens"):

@@ -60,12 +60,19 @@ def evaluator(settings=SETTINGS):
     return lambda model: {"validation_loss": model(**{key: values.to(model.device) for key, values in batch.items()}).loss.item()}
 
 
-def run(folder, dropout=MODEL.dropout_rate, **changes):
+def halve(model):
+    """First weights that are not those of the seed."""
+    with torch.no_grad():
+        model.shared.weight.mul_(0.5)
+
+
+def run(folder, dropout=MODEL.dropout_rate, halved=False, **changes):
     """Train; `changes` to settings. Returns the loop's result."""
     torch.set_num_threads(1)
     settings = replace(SETTINGS, **changes)
     model = new_model(replace(MODEL, dropout_rate=dropout), FixedVocabulary(), seed=0)
-    return training.train(model, source(settings), settings, Path(folder), evaluate=evaluator(settings))
+    first = halve if halved else None
+    return training.train(model, source(settings), settings, Path(folder), evaluate=evaluator(settings), initialise=first)
 
 
 def without_clocks(log):
