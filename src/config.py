@@ -194,6 +194,18 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+# Both ways of fine-tuning, the head and text to text. The head has no targets.
+MINI_FINETUNING = FinetuningSettings(
+    learning_rate=1e-3,
+    inputs_length=256,  # long enough for any sentence; attention over rows of 512 costs a quarter more
+    targets_length=57,
+    rows_per_step=8,
+    rows_per_micro_batch=8,
+    max_epochs=8,
+    warmup_steps=20,
+)
+SMALL_FINETUNING = FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50)
+
 PROFILES = {
     # Finishes on two CPU cores within minutes: it shows the way, not the quality.
     "sample": Settings(
@@ -243,30 +255,15 @@ PROFILES = {
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
         pretraining=PretrainingSettings(rows_per_step=8, rows_per_micro_batch=8, max_minutes=120, warmup_steps=50, compile=True),
-        classification=FinetuningSettings(
-            learning_rate=1e-3,
-            inputs_length=256,  # long enough for any sentence; attention over rows of 512 costs a quarter more
-            rows_per_step=8,
-            rows_per_micro_batch=8,
-            max_epochs=8,
-            warmup_steps=20,
-        ),
-        text_to_text=FinetuningSettings(
-            learning_rate=1e-3,
-            inputs_length=256,
-            targets_length=57,
-            rows_per_step=8,
-            rows_per_micro_batch=8,
-            max_epochs=8,
-            warmup_steps=20,
-        ),
+        classification=MINI_FINETUNING,
+        text_to_text=MINI_FINETUNING,
     ),
     # The widths of T5-small; wants a GPU.
     "small": Settings(
         profile="small",
         pretraining=PretrainingSettings(max_epochs=10, rows_per_step=128, rows_per_micro_batch=32, warmup_steps=1_000),
-        classification=FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50),
-        text_to_text=FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50),
+        classification=SMALL_FINETUNING,
+        text_to_text=SMALL_FINETUNING,
     ),
 }
 

@@ -1,7 +1,7 @@
 """First weights that know what counting knows, so that pre-training does not begin on a plateau.
 
-Drawn at random, a T5 of this size spends its first millions of tokens at the loss of a unigram model: attention has nothing to look for
-before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Four things,
+Drawn at random, a T5 of this size spends its first millions of tokens little below a unigram model's loss: attention has nothing to look
+for before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Four things,
 taken from the corpus and from the shape of the task, break that circle; the checkpoint stays a plain T5:
 
     embeddings        principal directions of which tokens stand beside which in the training texts
@@ -109,7 +109,7 @@ def prefer_near_tokens(table: nn.Embedding, config: T5Config) -> None:
 def neighbour_counts(documents: TokenizedDocuments, vocab_size: int) -> scipy.sparse.csr_matrix:
     """How often token j stands behind token i, one place (counted once) or two (counted half): float32 (vocab_size, vocab_size).
 
-    At most `MOST_TOKENS` are read, from evenly spaced places. A pair that spans two documents is one in a thousand, and counted.
+    At most `MOST_TOKENS` are read, from evenly spaced places. The few pairs that span two documents are counted too.
     """
     tokens = documents.tokens
     total = scipy.sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float32)
