@@ -176,7 +176,7 @@ def written_spans(
         for number in np.linspace(0, len(truth) - 1, min(spans, len(truth))).astype(int).tolist():
             at = int(np.flatnonzero(inputs == sentinels[0] - number)[0])
             before = tokenizer.decode(inputs[max(0, at - context) : at])
-            after = tokenizer.decode(inputs[at + 1 : at + 1 + context], skip_special_tokens=False)
+            after = tokenizer.decode(inputs[at + 1 : -1][:context], skip_special_tokens=False)  # sentinels, but no eos
             guess = tokenizer.decode(guesses.get(number, np.zeros(0, int)))
             row = {"text before": before, "truth": tokenizer.decode(truth[number]), "written by the model": guess, "text after": after}
             rows.append({key: value.replace("<extra_id_", "⟨").replace(">", "⟩") for key, value in row.items()})

@@ -18,6 +18,7 @@ from pandas.io.formats.style import Styler
 from torch import nn
 
 from src.attention import relative_position_bucket
+from src.display.data import table
 from src.display.style import ACCENT, GRID, INK, finished, plain_axes
 from src.packing import IGNORED
 from src.tokenizer import WORD_START
@@ -145,17 +146,11 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     return finished(figure)
 
 
-def nearest_table(rows: pd.DataFrame) -> Styler:
-    """Tokens and those that keep the same company."""
-    return rows.style.hide(axis="index").set_properties(**{"text-align": "left"})
-
-
 def spans_table(rows: Sequence[Mapping[str, str]]) -> Styler:
     """Context, truth and the model's own writing, span by span; exact hits in bold."""
     frame = pd.DataFrame(rows)
     hits = frame["truth"].str.strip() == frame["written by the model"].str.strip()
-    style = frame.style.hide(axis="index").set_properties(**{"text-align": "left"})
-    return style.apply(lambda _: np.where(hits, f"font-weight:bold;color:{ACCENT}", ""), subset=["written by the model"])
+    return table(frame).apply(lambda _: np.where(hits, f"font-weight:bold;color:{ACCENT}", ""), subset=["written by the model"])
 
 
 def position_biases(model: nn.Module, longest: int = 128) -> Figure:
