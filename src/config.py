@@ -250,7 +250,7 @@ PROFILES = {
             evaluate_every=100,
         ),
     ),
-    # 10-15M parameters: learns something real from a few hours of two CPU cores.
+    # 15M parameters: learns something real from a few hours of two CPU cores.
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
