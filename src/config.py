@@ -98,6 +98,7 @@ class TrainingSettings:
 
     optimizer: str = "adamw_rms_scaled"  # a recipe of src.optimizers
     learning_rate: float = 2e-2
+    embedding_rate: float = 1.0  # of embeddings, as a share of learning_rate; for optimizers relative to a parameter's size
     schedule: str = "cosine"  # "cosine", "inverse_sqrt", "linear", "constant"
     warmup_steps: int = 100
     weight_decay: float = 0.0
@@ -120,6 +121,7 @@ class TrainingSettings:
         require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
         require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
         require(self.learning_rate > 0, "learning_rate must be positive")
+        require(self.embedding_rate >= 0, "embedding_rate must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ class PretrainingSettings(TrainingSettings):
 
     optimizer: str = "muon"
     learning_rate: float = 5e-2
+    embedding_rate: float = 0.3  # they begin with what counting knows
     initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more

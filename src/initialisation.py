@@ -1,13 +1,12 @@
 """First weights that know what counting knows, so that pre-training does not begin on a plateau.
 
 Drawn at random, a T5 of this size spends its first millions of tokens little below a unigram model's loss: attention has nothing to look
-for before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Four things,
+for before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Three things,
 taken from the corpus and from the shape of the task, break that circle; the checkpoint stays a plain T5:
 
     embeddings        principal directions of which tokens stand beside which in the training texts
     cross-attention   queries equal to keys, so a sentinel in the decoder finds the same sentinel in the encoder
     position biases   nearer tokens count more, in each head over another range
-    residual outputs  half as large, so a token still recognises itself at the end of the encoder
 
 The price is some seconds of counting at the start.
 """
@@ -26,7 +25,7 @@ from transformers import T5Config
 
 from src.attention import relative_position_bucket
 from src.modeling_t5 import T5ForConditionalGeneration
-from src.t5_layers import T5Attention, T5FeedForward
+from src.t5_layers import T5Attention
 from src.tokenizer import WORD_START, TokenizedDocuments
 
 NEIGHBOUR_WEIGHTS = (1.0, 0.5)  # of the next token and of the one after it
@@ -35,7 +34,6 @@ CONTEXT_SMOOTHING = 0.75  # of context counts, and 0.5 for singular values: Levy
 SELF_SCORE = 16.0  # attention score of a normed state with itself; scores at random have a variance of SELF_SCORE**2 / d_kv
 STEEPEST_SLOPE, SLOPE_RANGE = 1.0, 16.0  # position bias per token of distance in the first head, and its ratio to the last head's
 LOWEST_BIAS = -8.0
-RESIDUAL_SHARE = 0.5
 
 
 class InformedStart:
@@ -63,9 +61,6 @@ class InformedStart:
 
     @torch.no_grad()
     def __call__(self, model: T5ForConditionalGeneration) -> None:
-        for module in model.modules():
-            if isinstance(module, T5Attention | T5FeedForward):
-                (module.o if isinstance(module, T5Attention) else module.wo).weight.mul_(RESIDUAL_SHARE)
         for block in model.decoder.block:
             align_queries_with_keys(block.layer[1].EncDecAttention)
         for stack in (model.encoder, model.decoder):

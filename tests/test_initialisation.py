@@ -111,8 +111,8 @@ def share_on_own_sentinel(model) -> float:
 
 def test_sentinels_of_the_decoder_find_theirs_in_the_encoder():
     """Without this the decoder averages the whole source for its first thousand steps."""
-    assert share_on_own_sentinel(tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)) < 0.2
-    assert share_on_own_sentinel(informed_model()) > 0.6
+    assert share_on_own_sentinel(tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)) < 0.1
+    assert share_on_own_sentinel(informed_model()) > 0.3
 
 
 def test_nearer_tokens_weigh_more_on_both_sides():
