@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from src.evaluation import COSTS
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-MODEL_COLUMNS = ("accuracy", "accuracy_ci95", "macro_f1", "parameters", "trainable_parameters", "train_seconds")
+MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
+OVERLAP_COLUMNS = {"accuracy": "accuracy without overlap", "macro_f1": "macro-F1 without overlap"}
 
 
 def number(value: Any) -> str:
@@ -46,9 +49,14 @@ def cases_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def models_table(models: list[Mapping[str, Any]]) -> list[str]:
-    columns = [column for column in MODEL_COLUMNS if any(column in model for model in models)]
-    lines = ["| model | " + " | ".join(words(column) for column in columns) + " |", "|---|" + "---:|" * len(columns)]
-    return lines + [f"| {m['name']} | " + " | ".join(number(m[c]) if m.get(c) is not None else "" for c in columns) + " |" for m in models]
+    """One row a model, best macro-F1 first; texts that stand in the training rows too are left out in columns of their own."""
+    titles = MODEL_COLUMNS | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()} | COSTS
+    rows = [model | {f"without {key}": value for key, value in model.get("without_overlap", {}).items()} for model in models]
+    columns = [key for key in titles if any(key in row for row in rows)]
+    lines = ["| model | " + " | ".join(titles[key] for key in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for row in sorted(rows, key=lambda row: -row["macro_f1"]):
+        lines.append(f"| {row['name']} | " + " | ".join(number(row[key]) if key in row else "" for key in columns) + " |")
+    return lines
 
 
 def table(name: str) -> str:

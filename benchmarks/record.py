@@ -11,7 +11,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from src.artifacts import installed_versions
+from src.artifacts import installed_versions, published_command
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -40,10 +40,8 @@ def main() -> int:
     if process.wait():
         print(f"error: benchmarks.{name} failed: nothing was recorded", file=sys.stderr)
         return 1
-    # A path of one machine says nothing to a reader; its last part names the data.
-    shown = [Path(argument).name if os.sep in argument else argument for argument in arguments]
     record = {
-        "command": " ".join(["python -m", f"benchmarks.{name}", *shown]),
+        "command": published_command(f"benchmarks.{name}", arguments),
         "date": date.today().isoformat(),
         "machine": machine(),
         "packages": installed_versions(),

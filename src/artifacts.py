@@ -5,6 +5,8 @@ Changed bytes or settings block a reader; changed code only warns, because most 
 
 import hashlib
 import importlib.metadata
+import os
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,6 +84,17 @@ def write_artifact(
     with atomic_folder(artifacts_folder(settings.profile) / name, manifest) as folder:
         yield folder
         manifest |= {"counts": dict(counts or {}), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:
+    """SHA-256 of the file that was read, or of the digests of several; None where nothing is a file (sample, Hub)."""
+    digests = [source["sha256"] for source in sources if "sha256" in source]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+def published_command(module: str, arguments: Sequence[str]) -> str:
+    """A command line as readers may see it: of a path only its last part, which names the data; the rest says nothing to them."""
+    return shlex.join(["python", "-m", module, *(Path(argument).name if os.sep in argument else argument for argument in arguments)])
 
 
 def installed_versions() -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 Every model sees the same grouped, stratified folds; scores are taken over all folds together, so each text counts once. Several seeds
 are averaged in probability (one model made of several) and each is also listed alone. With `--validation` a published split is
-judged instead of folds; with `--fractions` the label-efficiency curve is drawn as well.
+judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows alone; with `--fractions` the
+label-efficiency curve is drawn as well.
 """
 
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.artifacts import open_artifact
+from src.artifacts import data_digest, installed_versions, open_artifact, published_command
 from src.config import PROFILES, Settings, artifacts_folder, settings_for
 from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
 from src.display.evaluation import intervals_figure, label_efficiency_figure
@@ -29,6 +29,8 @@ from src.verified_folders import canonical_json
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
 REFERENCES = ("tfidf_svm", "random_init")  # what every pre-trained model is compared with
+
+RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
 Split = tuple[int, pd.DataFrame, pd.DataFrame]  # fold, rest, test
 
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only-folds", type=int, help="run the first few folds only, for a look")
     parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}")
     parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
+    parser.add_argument("--rates", help="multiples of a model's learning rate that its own is chosen from, e.g. 0.3,1,3")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
@@ -70,14 +73,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
     runner = Runner(folder, base, tasks, data, arguments.split_seed)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    finished = {model: run_jobs(runner, model, splits, seeds) for model in models}
+    rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
+    finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
     report = report_of(finished, splits)
+    for entry in report["models"]:
+        entry |= rates.get(entry["name"], {})
     if arguments.fractions:
-        report["fractions"] = label_efficiency(runner, models, splits, seeds, [float(part) for part in arguments.fractions.split(",")])
+        report["fractions"] = label_efficiency(runner, finished, splits, numbers(arguments.fractions))
     report |= {"rows": sum(len(test) for _, _, test in splits), "folds": len(splits), "seeds": seeds, "seed": arguments.split_seed}
-    report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data, "command": command_line()}
+    report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data}
+    report |= {"command": published_command("src.pipeline", sys.argv[1:])}
     sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
-    report |= {"data_sha256": data_digest(sources) or data, "sources": sources}
+    report |= {"data_sha256": data_digest(sources) or data, "packages": installed_versions()}
     write_report(report, arguments.output)
     return report
 
@@ -94,10 +101,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         except ValueError:
             overrides[key] = value
     return settings_for(arguments.profile, overrides)
-
-
-def command_line() -> str:
-    return "python -m src.pipeline " + shlex.join(sys.argv[1:])
 
 
 def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:
@@ -119,21 +122,39 @@ def splits_digest(splits: Sequence[Split]) -> str:
     return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
-def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:
-    """SHA-256 of the file that was read, or of the digests of several; None where nothing is a file (sample, Hub)."""
-    digests = [source["sha256"] for source in sources if "sha256" in source]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+def numbers(text: str | None) -> list[float]:
+    return [float(part) for part in text.split(",")] if text else []
 
 
-def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], fraction: float = 1.0) -> list[Finished]:
-    """All jobs of one model; one line is printed for each fold and seed."""
+def choose_rates(
+    runner: Runner, models: Sequence[str], splits: Sequence[Split], seed: int, multiples: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """For each fine-tuned model the learning rate with the best macro-F1 on validation rows of the first folds, and all those scores.
+
+    Multiples of a model's own rate, because a rate for adapters means nothing for full weights.
+    """
+    chosen = {}
+    for model in (model for model in models if multiples and model in CONTESTANTS):
+        own, scores = runner.settings_of(Job(model, 0, seed)).learning_rate, {}
+        for rate in (own * multiple for multiple in multiples):
+            done = run_jobs(runner, model, splits[:RATE_FOLDS], [seed], learning_rate=rate, judged="validation")
+            scores[rate] = evaluate_predictions(pd.concat([result.test for result in done]), resamples=1)["macro_f1"]
+        best = max(scores, key=scores.__getitem__)
+        chosen[model] = {"learning_rate": best, "validation_macro_f1_by_rate": {f"{rate:g}": score for rate, score in scores.items()}}
+    return chosen
+
+
+def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], **changes: Any) -> list[Finished]:
+    """All jobs of one model, with `changes` to each `Job`; one line is printed for each fold and seed."""
     done = []
     for seed in seeds if model in CONTESTANTS else seeds[:1]:
         for fold, rest, test in splits:
-            result = runner.run(Job(model, fold, seed, fraction), rest, test)
+            job = Job(model, fold, seed, **changes)
+            result = runner.run(job, rest, test)
             right = float((result.test["prediction"] == result.test["label"]).mean())
-            part = "" if fraction == 1 else f", {fraction:.0%} of the labels"
-            print(f"{model}: fold {fold + 1}/{len(splits)}, seed {seed}{part}: accuracy {right:.3f}", flush=True)
+            about = "" if job.fraction == 1 else f", {job.fraction:.0%} of the labels"
+            about += "" if job.learning_rate is None else f", learning rate {job.learning_rate:g}"
+            print(f"{model}: fold {fold + 1}/{len(splits)}, seed {seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)
             done.append(result)
     return done
 
@@ -157,7 +178,9 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
         validation = [result.validation for result in results if result.validation is not None and result.job.seed == results[0].job.seed]
         entry = {"name": model, **evaluate_predictions(predictions[model], pd.concat(validation) if validation else None)}
         entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
-        entry["runs"] = runs_of(results)
+        entry["runs"] = runs_of([result.test for result in results], [result.job.seed for result in results])
+        if generated := [result for result in results if result.generated is not None]:
+            entry["generated"] = runs_of([result.generated for result in generated], [result.job.seed for result in generated])
         if overlap:
             rest = evaluate_predictions(predictions[model][~predictions[model]["text_id"].isin(overlap)])
             entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
@@ -168,23 +191,26 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
     return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}
 
 
-def runs_of(results: Sequence[Finished]) -> list[dict[str, Any]]:
-    """Accuracy and macro-F1 of each seed alone."""
+def runs_of(frames: Sequence[pd.DataFrame], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Scores of each seed alone, all its folds together."""
     runs = []
-    for seed in sorted({result.job.seed for result in results}):
-        scores = evaluate_predictions(pd.concat([result.test for result in results if result.job.seed == seed]), resamples=1)
-        runs.append({"seed": seed, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
+    for seed in sorted(set(seeds)):
+        scores = evaluate_predictions(pd.concat([frame for frame, its in zip(frames, seeds, strict=True) if its == seed]), resamples=1)
+        runs.append({"seed": seed, **{key: scores[key] for key in ("accuracy", "macro_f1", "invalid_rate")}})
     return runs
 
 
 def label_efficiency(
-    runner: Runner, models: Sequence[str], splits: Sequence[Split], seeds: Sequence[int], fractions: Sequence[float]
+    runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Macro-F1 with its interval for each share of the training labels: what pre-training saves in labels."""
+    """Macro-F1 with its interval for each share of the training labels, at the rates and seeds of `finished`: what pre-training saves."""
     curve = []
     for fraction in sorted(fractions):
-        for model in (model for model in models if model in CURVE_MODELS):
-            scores = evaluate_predictions(pooled([result.test for result in run_jobs(runner, model, splits, seeds, fraction)]))
+        for model in (model for model in finished if model in CURVE_MODELS):
+            jobs = [result.job for result in finished[model]]
+            seeds, rate = sorted({job.seed for job in jobs}), jobs[0].learning_rate
+            done = run_jobs(runner, model, splits, seeds, fraction=fraction, learning_rate=rate)
+            scores = evaluate_predictions(pooled([result.test for result in done]))
             low, high = scores["macro_f1_ci95"]
             curve.append({"fraction": fraction, "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
             curve[-1] |= {"low": low, "high": high}

@@ -98,7 +98,7 @@ class TrainingSettings:
 
     optimizer: str = "adamw_rms_scaled"  # a recipe of src.optimizers
     learning_rate: float = 2e-2
-    embedding_rate: float = 1.0  # of embeddings, as a share of learning_rate; for optimizers relative to a parameter's size
+    other_rate: float = 1.0  # of embeddings, norms and position biases, as a share of learning_rate
     schedule: str = "cosine"  # "cosine", "inverse_sqrt", "linear", "constant"
     warmup_steps: int = 100
     weight_decay: float = 0.0
@@ -121,7 +121,7 @@ class TrainingSettings:
         require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
         require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
         require(self.learning_rate > 0, "learning_rate must be positive")
-        require(self.embedding_rate >= 0, "embedding_rate must not be negative")
+        require(self.other_rate >= 0, "other_rate must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,9 @@ class PretrainingSettings(TrainingSettings):
     """Stage 3: span corruption (arXiv 1910.10683, section 3.1.4), packed."""
 
     optimizer: str = "muon"
-    learning_rate: float = 5e-2
-    embedding_rate: float = 0.3  # they begin with what counting knows
+    learning_rate: float = 2e-2
+    other_rate: float = 0.3
+    weight_decay: float = 0.1  # without it steps relative to a weight's size let it grow exponentially, and attention with it
     initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more
@@ -177,6 +178,10 @@ class FinetuningSettings(TrainingSettings):
         changes = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate} if method == "full" else {}
         return replace(self, method=method, **changes)
 
+    def with_learning_rate(self, learning_rate: float) -> "FinetuningSettings":
+        """The same run at another rate, whichever method it is by."""
+        return replace(self, learning_rate=learning_rate, full_learning_rate=learning_rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -206,6 +211,7 @@ MINI_FINETUNING = FinetuningSettings(
     rows_per_micro_batch=8,
     max_epochs=8,
     warmup_steps=20,
+    evaluate_every=100,
 )
 SMALL_FINETUNING = FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50)
 
@@ -219,6 +225,7 @@ PROFILES = {
         pretraining=PretrainingSettings(
             inputs_length=256,
             targets_length=59,
+            learning_rate=5e-2,
             rows_per_step=8,
             rows_per_micro_batch=8,
             max_steps=500,
@@ -257,7 +264,14 @@ PROFILES = {
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
-        pretraining=PretrainingSettings(rows_per_step=8, rows_per_micro_batch=8, max_minutes=120, warmup_steps=50, compile=True),
+        pretraining=PretrainingSettings(
+            rows_per_micro_batch=8,
+            max_minutes=120,
+            warmup_steps=50,
+            evaluate_every=250,
+            checkpoint_every=250,
+            compile=True,
+        ),
         classification=MINI_FINETUNING,
         text_to_text=MINI_FINETUNING,
     ),

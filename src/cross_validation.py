@@ -58,6 +58,8 @@ class Job:
     fold: int
     seed: int
     fraction: float = 1.0
+    learning_rate: float | None = None  # None: that of the settings
+    judged: str = "test"  # or "validation": the fold's test rows stay unseen
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class Finished:
     job: Job
     test: pd.DataFrame
     validation: pd.DataFrame | None
+    generated: pd.DataFrame | None  # text-to-text: predictions of free generation on the test rows
     costs: Mapping[str, float]
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The predictions there are, by name."""
+        frames = {"test": self.test, "validation": self.validation, "generated": self.generated}
+        return {name: frame for name, frame in frames.items() if frame is not None}
 
 
 def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = False) -> pd.DataFrame:
@@ -125,9 +133,8 @@ class Runner:
         checkpoints = self.folder / ".checkpoints" / name
         finished = self.judge(job, labelled, test, checkpoints)
         with atomic_folder(target, identity) as folder:
-            finished.test.to_parquet(folder / "test.parquet")
-            if finished.validation is not None:
-                finished.validation.to_parquet(folder / "validation.parquet")
+            for name, frame in finished.frames().items():
+                frame.to_parquet(folder / f"{name}.parquet")
             (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))
         shutil.rmtree(checkpoints, ignore_errors=True)
         return finished
@@ -142,16 +149,17 @@ class Runner:
 
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]
-        return replace(self.settings[contestant.task].with_method(contestant.method), seed=job.seed)
+        settings = replace(self.settings[contestant.task].with_method(contestant.method), seed=job.seed)
+        return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
         if job.model in BASELINES:
-            return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, {})
+            return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
         low, high = VALIDATION_FRACTIONS
         fraction = min(high, max(low, VALIDATION_ROWS / len(labelled)))
         validation, train = part_of(labelled, fraction, self.split_seed + job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
-        splits = {"train": train, "validation": validation, "test": test}
+        splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(
             contestant.task,
             self.base_folder,
@@ -161,7 +169,7 @@ class Runner:
             random_init=contestant.random_init,
             fold=job.fold,
         )
-        return Finished(job, tuned.test, tuned.validation.assign(fold=job.fold), tuned.costs)
+        return Finished(job, tuned.test, tuned.validation.assign(fold=job.fold), tuned.generated, tuned.costs)
 
 
 def read_finished(job: Job, folder: Path) -> Finished | None:
@@ -170,10 +178,6 @@ def read_finished(job: Job, folder: Path) -> Finished | None:
         verify_folder(folder)
     except ArtifactError:
         return None
-    validation = folder / "validation.parquet"
-    return Finished(
-        job,
-        pd.read_parquet(folder / "test.parquet"),
-        pd.read_parquet(validation) if validation.exists() else None,
-        json.loads((folder / "costs.json").read_text()),
-    )
+    paths = (folder / f"{name}.parquet" for name in ("test", "validation", "generated"))
+    frames = [pd.read_parquet(path) if path.exists() else None for path in paths]
+    return Finished(job, *frames, json.loads((folder / "costs.json").read_text()))

@@ -19,6 +19,8 @@ PROBABILITY_COLUMNS = tuple(f"p_{label}" for label in LABELS)
 PREDICTION_COLUMNS = ("text_id", "label", "prediction", *PROBABILITY_COLUMNS, "fold", "model")
 NO_LABEL = -1  # the prediction of a generator whose output is none of the labels: always wrong
 SCORES = ("accuracy", "macro_f1", "mcc")
+# What a fine-tuned model's `costs` hold, as tables name it: millions of parameters, and memory of weights, gradients, optimizer state.
+COSTS = {"parameters": "parameters, M", "trainable": "trained, M", "seconds": "training, s", "mebibytes": "memory, MiB"}
 
 
 class EvaluationError(ValueError):

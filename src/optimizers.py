@@ -90,16 +90,14 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if is_tall else x
 
 
-def kind_of(name: str, parameter: nn.Parameter) -> str:
-    """Of a parameter: "projection", a weight matrix inside a block; "embedding", of tokens; "other", e.g. a norm or a position bias."""
-    if any(part in name for part in ("shared", "embed_tokens")):
-        return "embedding"
-    outside = ("lm_head", "relative_attention_bias")
-    return "projection" if parameter.ndim == 2 and not any(part in name for part in outside) else "other"
+def is_projection(name: str, parameter: nn.Parameter) -> bool:
+    """A weight matrix inside a block: not an embedding, the output layer, a position bias, a norm or an offset."""
+    outside = ("shared", "embed_tokens", "lm_head", "relative_attention_bias")
+    return parameter.ndim == 2 and not any(part in name for part in outside)
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """The optimizer `settings.optimizer` over the trainable parameters; weight decay on projections only, `embedding_rate` on embeddings.
+    """The optimizer `settings.optimizer` over the trainable parameters: projections decay, all others learn at `other_rate`.
 
     `adafactor_t5` follows the paper's own rate, so neither the rates nor `schedule` and `warmup_steps` touch it.
 
@@ -109,22 +107,20 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise OptimizerError("the model has no trainable parameter: unfreeze some or add adapters")
-    kinds = {"projection": [], "embedding": [], "other": []}
-    for name, parameter in trainable:
-        kinds[kind_of(name, parameter)].append(parameter)
-    options = {
-        "projection": {"weight_decay": settings.weight_decay},
-        "embedding": {"weight_decay": 0.0, "lr": settings.learning_rate * settings.embedding_rate},
-        "other": {"weight_decay": 0.0},
-    }
-    groups = [{"params": parameters, **options[kind]} for kind, parameters in kinds.items() if parameters]
+    projections = [parameter for name, parameter in trainable if is_projection(name, parameter)]
+    others = [parameter for name, parameter in trainable if not is_projection(name, parameter)]
+    groups = [
+        {"params": projections, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0, "lr": settings.learning_rate * settings.other_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
     match settings.optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         case "adamw_rms_scaled":
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "muon":
-            if kinds["projection"]:
+            if projections:
                 groups[0]["direction"] = "muon"
             return RMSScaledOptimizer(groups, settings.learning_rate)
         case "paged_adamw_8bit":  # states in 8 bit, paged to main memory when the GPU is full (arXiv 2305.14314, section 3)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from benchmarks import readme
+from benchmarks.publish import make_command
 
 
 def test_the_readme_shows_what_results_hold():
@@ -24,9 +25,9 @@ def test_results_become_tables(tmp_path, monkeypatch):
         "result": {"ratio": 1.5, "seconds": {"half": 2.5, "whole": 5.0}, "peak_mb": {"half": 1000, "whole": 1234}, "best": None},
     }
     (tmp_path / "results/speed.json").write_text(json.dumps(record))
-    (tmp_path / "results/news.json").write_text(
-        json.dumps({"command": "compare", "models": [{"name": "svm", "accuracy": 0.75, "accuracy_ci95": [0.5, 1.0]}]})
-    )
+    svm = {"name": "svm", "accuracy": 0.75, "accuracy_ci95": [0.5, 1.0], "macro_f1": 0.7, "without_overlap": {"rows": 9, "accuracy": 0.625}}
+    head = {"name": "head", "accuracy": 0.875, "accuracy_ci95": [0.5, 1.0], "macro_f1": 0.8, "seconds": 12.5, "parameters": 15.125}
+    (tmp_path / "results/news.json").write_text(json.dumps({"command": "compare", "models": [svm, head]}))
     page = readme.render("a\n<!-- results speed -->\nold\n<!-- end -->\n<!-- results news -->\n<!-- end -->\n")
     assert "old" not in page
     for line in (
@@ -37,7 +38,12 @@ def test_results_become_tables(tmp_path, monkeypatch):
         "`python -m benchmarks.speed`, CPU, 2 cores",
     ):
         assert line in page
-    assert "| svm | 0.75 | 0.5 to 1.00 |" in page
+    models = [line for line in page.splitlines() if line.startswith(("| model", "| svm", "| head"))]
+    assert models == [
+        "| model | accuracy | 95 % | macro-F1 | accuracy without overlap | parameters, M | training, s |",
+        "| head | 0.875 | 0.5 to 1.00 | 0.8 |  | 15.12 | 12.50 |",
+        "| svm | 0.75 | 0.5 to 1.00 | 0.7 | 0.625 |  |  |",
+    ]
     assert readme.render(page) == page
 
 
@@ -45,6 +51,12 @@ def test_no_result_file_names_a_folder_of_the_machine_it_ran_on():
     """Results are published: a reader can do nothing with somebody's home folder."""
     for path in (readme.ROOT / "results").glob("*.json"):
         assert not re.search(r"/(work|home|root|tmp)/", path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_command_of_a_published_model_makes_it_again():
+    """An override that went missing, or one that the reader's own path replaces, makes another model."""
+    overrides = {"corpus.path": "/data/news", "pretraining.max_minutes": 7.0, "pretraining.optimizer": "muon", "pretraining.seed": 3}
+    assert make_command("mini", overrides) == "make run PROFILE=mini CORPUS=news MINUTES=7.0 SET=pretraining.seed=3"
 
 
 def test_a_failed_benchmark_records_nothing():

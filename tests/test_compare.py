@@ -153,6 +153,36 @@ def test_label_efficiency_curve(run, tmp_path):
     assert (tmp_path / "curve_label_efficiency.png").exists()
 
 
+def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):
+    """A rate chosen by its score on the test rows makes that score a promise nobody can keep."""
+    finetune, calls = cross_validation.finetune, []
+
+    def watched(task, folder, splits, settings, *arguments, **options):
+        calls.append((settings.learning_rate, {name: set(rows["text_id"]) for name, rows in splits.items()}))
+        return finetune(task, folder, splits, settings, *arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "finetune", watched)
+    options = ("--set", "classification.max_steps=8", "--set", "classification.full_learning_rate=0.02")
+    entry = run("--models", "pretrained_head", "--rates", "5e-8,1", *options)["models"][0]
+    choosing, judging = calls[:4], calls[4:]
+    assert [rate for rate, _ in choosing] == [1e-9, 1e-9, 2e-2, 2e-2]
+    assert all(splits["test"] == splits["validation"] for _, splits in choosing)
+    scores = entry["validation_macro_f1_by_rate"]
+    assert scores["0.02"] > scores["1e-09"]
+    assert entry["learning_rate"] == 2e-2
+    assert [rate for rate, _ in judging] == [2e-2, 2e-2]
+    assert not any(splits["test"] & splits["validation"] for _, splits in judging)
+
+
+def test_free_generation_is_reported_beside_the_likelihoods(run):
+    """A text-to-text model that seldom writes a label can still rank the three: its likelihoods alone would hide that."""
+    entry = run("--models", "text_to_text", "--set", "text_to_text.max_steps=2", "--seeds", "0,1")["models"][0]
+    assert [one["seed"] for one in entry["generated"]] == [0, 1]
+    assert entry["generated"][0]["invalid_rate"] > 0.9  # two steps teach no word
+    assert entry["invalid_rate"] == 0
+    assert run("--models", "pretrained_head")["models"][0].get("generated") is None
+
+
 def test_errors_come_before_any_training(run, monkeypatch):
     """A misspelt model or too many folds must not be found out after an hour."""
     monkeypatch.setattr(cross_validation, "finetune", refuse)

@@ -68,6 +68,16 @@ def test_weight_decay_is_for_projections_alone():
     assert kept == {name for name in names if "layer_norm" in name or "relative_attention_bias" in name or name == "shared.weight"}
 
 
+def test_all_but_projections_learn_at_their_share_of_the_rate():
+    """At the full rate the first hundred steps undo embeddings that begin with what counting knows."""
+    model = tiny_model()
+    optimizer = build_optimizer(model, replace(SETTINGS, optimizer="muon", other_rate=0.25))
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        slower = "layer_norm" in name or "relative_attention_bias" in name or name == "shared.weight"
+        assert rates[id(parameter)] == SETTINGS.learning_rate * (0.25 if slower else 1)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns(recipe):
     """A recipe that is selectable must work: the loss of one batch falls."""

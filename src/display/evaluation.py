@@ -17,7 +17,7 @@ from pandas.io.formats.style import Styler
 from transformers import PreTrainedTokenizerBase
 
 from src.display.style import ACCENT, INK, LEFT, MUTED, finished, plain_axes
-from src.evaluation import PROBABILITY_COLUMNS, reliability_bins, scale_temperature
+from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_temperature
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
@@ -48,8 +48,7 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
     """All models, best macro-F1 first, each score with its 95 % interval.
 
     Args:
-        metrics: results of `evaluate_predictions`; those of fine-tuned models hold `costs`: `parameters` and `trainable` (millions),
-            `seconds`, `mebibytes` (weights, gradients and optimizer state).
+        metrics: results of `evaluate_predictions`; those of fine-tuned models hold `costs`, by the keys of `COSTS`.
         with_costs: show them too.
     """
     rows = []
@@ -58,10 +57,9 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
         row |= {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
         row |= {"not a label": result["invalid_rate"]}
         cost = result.get("costs", {})
-        names = {"parameters": "parameters, M", "trainable": "trained, M", "seconds": "training, s", "mebibytes": "memory, MiB"}
-        rows.append(row | ({title: cost.get(key) for key, title in names.items()} if with_costs else {}))
+        rows.append(row | ({title: cost.get(key) for key, title in COSTS.items()} if with_costs else {}))
     formats = {"MCC": "{:.3f}", "ECE": "{:.3f}", "ECE, scaled": "{:.3f}", "not a label": "{:.1%}"}
-    formats |= {"parameters, M": "{:.3f}", "trained, M": "{:.3f}", "training, s": "{:.1f}", "memory, MiB": "{:.1f}"} if with_costs else {}
+    formats |= {COSTS[key]: "{:.3f}" if key in ("parameters", "trainable") else "{:.1f}" for key in COSTS} if with_costs else {}
     frame = pd.DataFrame(rows).set_index("model").astype(dict.fromkeys(formats, float))
     return frame.style.format(formats, na_rep="–").highlight_max(subset=["MCC"], props="font-weight: bold")
 

@@ -1,0 +1,79 @@
+"""Keep a profile's pre-trained model under `results/`: `python -m benchmarks.publish mini`.
+
+`results/mini/` is the checkpoint in bf16, half the size, with its log and figures; `results/pretrained_mini.json` says by which command,
+from which data and on which machine it was made. `python -m src.pipeline compare --base results/mini` starts from it.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import RESULTS, machine
+from src.artifacts import ArtifactError, data_digest, open_artifact
+from src.config import SettingsError, settings_for
+from src.modeling_t5 import T5ForConditionalGeneration
+from src.pipeline import OPTIONS
+from src.verified_folders import MANIFEST, atomic_folder
+
+WEIGHTS = "model.safetensors"
+
+
+def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
+    """The `make run` that these overrides come from; those that change nothing are left out, and of a path only its name stays."""
+    default, variables, sets = settings_for(profile), {"PROFILE": profile}, []
+    options = {key: option.upper() for option, (key, _) in OPTIONS.items()}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if getattr(getattr(default, section), name) == value:
+            continue
+        shown = Path(value).name if name == "path" else value
+        if key in options:
+            variables[options[key]] = shown
+        else:
+            sets.append(f"{key}={shown if isinstance(shown, str) else json.dumps(shown)}")
+    if sets:
+        variables["SET"] = " ".join(sets)
+    return "make run " + " ".join(f"{name}={shlex.quote(str(value))}" for name, value in variables.items())
+
+
+def publish(profile: str) -> dict[str, Any]:
+    """Copy the artifact and write its record; returns the record."""
+    settings = settings_for(profile)
+    pretrained, dataset = (open_artifact(settings, name) for name in ("pretrained", "pretraining_dataset"))
+    record = {
+        "command": make_command(profile, dataset.manifest["overrides"] | pretrained.manifest["overrides"]),
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "seed": pretrained.manifest["settings"]["pretraining"]["seed"],
+        "data_sha256": data_digest(dataset.manifest["sources"]),
+        "packages": pretrained.manifest["packages"],
+        "result": json.loads((pretrained.path / "metrics.json").read_text(encoding="utf-8")),
+    }
+    with atomic_folder(RESULTS / profile, {"artifact": "pretrained", "inputs": pretrained.manifest["inputs"]}) as folder:
+        shutil.copytree(pretrained.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, WEIGHTS))
+        T5ForConditionalGeneration.from_pretrained(pretrained.path, dtype=torch.bfloat16).save_pretrained(folder)
+    (RESULTS / f"pretrained_{profile}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python -m benchmarks.publish PROFILE", file=sys.stderr)
+        return 2
+    try:
+        print(json.dumps(publish(sys.argv[1])["result"]))
+    except (ArtifactError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
