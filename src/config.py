@@ -129,9 +129,9 @@ class PretrainingSettings(TrainingSettings):
     """Stage 3: span corruption (arXiv 1910.10683, section 3.1.4), packed."""
 
     optimizer: str = "muon"
-    learning_rate: float = 2e-2
+    learning_rate: float = 3e-2
     other_rate: float = 0.3
-    weight_decay: float = 0.1  # without it steps relative to a weight's size let it grow exponentially, and attention with it
+    weight_decay: float = 0.02  # with steps of the learning rate's size, projections then settle near the size they start with
     initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more

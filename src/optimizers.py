@@ -3,6 +3,9 @@
 T5's embedding starts two orders of magnitude larger than its projections, so one absolute rate is too small for the one or too
 large for the others and training stalls. Every recipe but plain `adamw` therefore makes steps relative to the size (RMS) of the
 parameter. `adafactor_t5` is the recipe of the T5 paper, kept to compare with.
+
+Ours are relative to the size at the start. Relative to the size of the moment, as Adafactor's are, weights have no size to settle at: at
+high rates they grow exponentially without decay, and shrink away with it, until residual branches no longer count beside the embedding.
 """
 
 import math
@@ -16,7 +19,7 @@ from src.config import TrainingSettings
 from src.environment import best_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
-SMALLEST_RMS = 1e-3  # a parameter that starts at zero must still move (Adafactor, arXiv 1804.04235, section 8)
+SMALLEST_RMS = 1e-2  # a parameter that starts at zero must still move (as in Adafactor, arXiv 1804.04235, section 8)
 
 
 class OptimizerError(ValueError):
@@ -24,7 +27,7 @@ class OptimizerError(ValueError):
 
 
 class RMSScaledOptimizer(torch.optim.Optimizer):
-    """Steps of `lr * max(RMS(parameter), 1e-3) * direction`, so `lr` is a relative change of the parameter.
+    """Steps of `lr * max(RMS(parameter at its first step), 1e-2) * direction`: `lr` is a change relative to where it started.
 
     A group's `direction` is "adam" (bias-corrected AdamW, arXiv 1711.05101; the scaling is nanoT5's) or "muon" (momentum made
     orthogonal, scaled to twice the usual RMS of an Adam step; arXiv 2502.16982, eq. 4, takes it once). Weight decay is decoupled.
@@ -40,9 +43,11 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             directions = muon_directions if group["direction"] == "muon" else adam_directions
             for parameter, update in directions(parameters, self.state, group):
-                size = torch.linalg.vector_norm(parameter) / math.sqrt(parameter.numel())
+                state = self.state[parameter]
+                if "size" not in state:
+                    state["size"] = max(SMALLEST_RMS, float(torch.linalg.vector_norm(parameter)) / math.sqrt(parameter.numel()))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update.mul_(size.clamp_min(SMALLEST_RMS) * group["lr"]))
+                parameter.sub_(update, alpha=state["size"] * group["lr"])
 
 
 Directions = Iterator[tuple[torch.Tensor, torch.Tensor]]  # (parameter, a new tensor like it)

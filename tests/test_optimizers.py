@@ -29,16 +29,17 @@ def test_first_step_is_relative_to_the_parameter():
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_two_steps_follow_adam():
-    """Bias correction and the order of operations, against torch's AdamW on a parameter whose RMS is held at 1."""
+def test_steps_follow_adam():
+    """Against torch's AdamW on a parameter that starts with an RMS of 1 and grows: steps relative to its size of the moment would
+    grow with it, and did, exponentially."""
     ours, theirs = nn.Parameter(torch.tensor([1.0, -1.0])), nn.Parameter(torch.tensor([1.0, -1.0]))
-    mine = RMSScaledOptimizer([{"params": [ours]}], lr=1e-4)
-    reference = torch.optim.AdamW([theirs], lr=1e-4, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0)
-    for gradient in ([1.0, 2.0], [0.5, -1.0], [2.0, 0.1]):
+    mine = RMSScaledOptimizer([{"params": [ours], "weight_decay": 0.1}], lr=0.2)
+    reference = torch.optim.AdamW([theirs], lr=0.2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    for gradient in ([-1.0, 2.0], [-0.5, 1.0], [-2.0, 0.1]):
         ours.grad, theirs.grad = torch.tensor(gradient), torch.tensor(gradient)
         mine.step()
         reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_a_parameter_at_zero_moves():
@@ -46,7 +47,7 @@ def test_a_parameter_at_zero_moves():
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
     RMSScaledOptimizer([{"params": [parameter]}], lr=0.1).step()
-    torch.testing.assert_close(parameter.detach(), torch.full((3,), -1e-4), rtol=1e-3, atol=0)
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), -1e-3), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
