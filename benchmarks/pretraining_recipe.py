@@ -148,8 +148,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
-    pairs = (pair.partition("=") for pair in options.set)
-    settings = config.settings_for(options.profile, {key: parse_value(value) for key, _, value in pairs})
+    settings = config.settings_for(options.profile, config.parse_overrides(options.set))
     tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
     folder = open_artifact(settings, "pretraining_dataset").path
     both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))
@@ -179,13 +178,6 @@ def report(both: list[Contestant], options: argparse.Namespace) -> dict:
             f"{each.name}_minutes_to_4_5": minutes_to_goal(each.curve),
         }
     return result
-
-
-def parse_value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 if __name__ == "__main__":

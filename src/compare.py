@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from src.artifacts import data_digest, installed_versions, open_artifact, published_command
-from src.config import PROFILES, Settings, artifacts_folder, settings_for
+from src.config import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
-    runner = Runner(folder, base, tasks, data, arguments.split_seed)
+    runner = Runner(folder, base, tasks, settings.adaptation, data, arguments.split_seed)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
@@ -94,13 +94,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     for option in ("text_column", "label_column", "label_map"):
         if value := getattr(arguments, option):
             overrides[f"labelled.{option}"] = value
-    for pair in arguments.set:
-        key, _, value = pair.partition("=")
-        try:
-            overrides[key] = json.loads(value)
-        except ValueError:
-            overrides[key] = value
-    return settings_for(arguments.profile, overrides)
+    return settings_for(arguments.profile, overrides | parse_overrides(arguments.set))
 
 
 def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:

@@ -4,8 +4,9 @@ A stage's settings are `settings_for(profile, overrides)`: nothing is patched af
 records can be derived again and compared. `STAGES` says which notebook makes which artifact from which.
 """
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -193,6 +194,7 @@ class Settings:
     labelled: LabelledSettings = field(default_factory=LabelledSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     pretraining: PretrainingSettings
+    adaptation: PretrainingSettings  # further span corruption on labelled texts, in `compare`
     classification: FinetuningSettings
     text_to_text: FinetuningSettings
 
@@ -202,14 +204,27 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+# Further span corruption on sentences: short texts have more sentinels, so longer targets beside their inputs.
+ADAPTATION = PretrainingSettings(
+    inputs_length=256,
+    targets_length=80,
+    learning_rate=1e-2,
+    weight_decay=0.0,
+    rows_per_step=8,
+    rows_per_micro_batch=8,
+    max_epochs=5,
+    warmup_steps=10,
+    evaluate_every=100,
+    validation_rows=64,
+)
 # Both ways of fine-tuning, the head and text to text. The head has no targets.
 MINI_FINETUNING = FinetuningSettings(
     learning_rate=1e-3,
-    inputs_length=256,  # long enough for any sentence; attention over rows of 512 costs a quarter more
-    targets_length=57,
-    rows_per_step=8,
-    rows_per_micro_batch=8,
-    max_epochs=8,
+    inputs_length=128,  # long enough for nearly any sentence; attention over longer rows costs more
+    targets_length=48,
+    rows_per_step=16,
+    rows_per_micro_batch=16,
+    max_epochs=5,
     warmup_steps=20,
     evaluate_every=100,
 )
@@ -235,6 +250,7 @@ PROFILES = {
             validation_rows=48,
             precision="fp32",  # in bf16 a model this small learns which events are good or bad news some hundred steps later
         ),
+        adaptation=ADAPTATION,
         classification=FinetuningSettings(
             learning_rate=3e-3,
             full_learning_rate=3e-2,
@@ -272,6 +288,7 @@ PROFILES = {
             checkpoint_every=250,
             compile=True,
         ),
+        adaptation=ADAPTATION,
         classification=MINI_FINETUNING,
         text_to_text=MINI_FINETUNING,
     ),
@@ -279,6 +296,7 @@ PROFILES = {
     "small": Settings(
         profile="small",
         pretraining=PretrainingSettings(max_epochs=10, rows_per_step=128, rows_per_micro_batch=32, warmup_steps=1_000),
+        adaptation=ADAPTATION,
         classification=SMALL_FINETUNING,
         text_to_text=SMALL_FINETUNING,
     ),
@@ -295,6 +313,20 @@ def typed(key: str, value: Any, expected: Any) -> Any:
     right = any(choice is bool if isinstance(value, bool) else isinstance(value, choice) for choice in choices if isinstance(choice, type))
     require(right, f"setting {key} is {value!r}, a {type(value).__name__}: expected {getattr(expected, '__name__', expected)}")
     return value
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value as written on a command line: JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["pretraining.seed=3", "classification.method=lora"]` as the overrides that `settings_for` takes."""
+    split = (pair.partition("=") for pair in pairs)
+    return {key: parse_value(value) for key, _, value in split}
 
 
 def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Settings:

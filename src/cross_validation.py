@@ -2,7 +2,7 @@
 
 A job is one model on one fold with one seed and one share of the labels. It is written whole when it is done and named by
 everything that shapes it, so an interrupted comparison goes on where it stopped and a model added later costs only its
-own jobs. The price is disk: a few hundred kilobytes of predictions a job.
+own jobs. The price is disk: a few hundred kilobytes of predictions a job, and a checkpoint for each fold of adapted models.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 
 from src import baselines
-from src.config import FinetuningSettings, LabelledSettings
+from src.adaptation import adapted_checkpoint
+from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.finetuning_dataset import drop_conflicts_and_repeats, loose_key, read_cleaned, text_ids
@@ -34,14 +35,14 @@ class Contestant:
     task: str
     method: str
     random_init: bool = False
+    adapted: bool = False  # on a base that went on with span corruption on the fold's training texts
 
 
+METHODS = ("full", "lora", "qlora")
 CONTESTANTS = {
-    model_name(*contestant): Contestant(*contestant)
-    for contestant in (
-        *((task, method, False) for task in MODEL_NAMES for method in ("full", "lora", "qlora")),
-        *((task, "full", True) for task in MODEL_NAMES),
-    )
+    **{model_name(task, method): Contestant(task, method) for task in MODEL_NAMES for method in METHODS},
+    **{model_name(task, "full", True): Contestant(task, "full", random_init=True) for task in MODEL_NAMES},
+    **{f"{model_name(task, method)}_adapted": Contestant(task, method, adapted=True) for task in MODEL_NAMES for method in METHODS},
 }
 BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] = {
     "majority": baselines.majority,
@@ -119,6 +120,7 @@ class Runner:
     folder: Path
     base_folder: Path
     settings: Mapping[str, FinetuningSettings]  # by task
+    adaptation: PretrainingSettings
     data_digest: str
     split_seed: int
 
@@ -145,6 +147,7 @@ class Runner:
         if job.model in CONTESTANTS:
             settings = self.settings_of(job)
             identity |= {"contestant": asdict(CONTESTANTS[job.model]), "settings": asdict(settings), "base": base_digest(self.base_folder)}
+            identity |= {"adaptation": asdict(self.adaptation)} if CONTESTANTS[job.model].adapted else {}
         return identity
 
     def settings_of(self, job: Job) -> FinetuningSettings:
@@ -162,14 +165,22 @@ class Runner:
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(
             contestant.task,
-            self.base_folder,
+            self.adapted_base(train, validation) if contestant.adapted else self.base_folder,
             splits,
             settings,
             checkpoints,
             random_init=contestant.random_init,
+            name=job.model,
             fold=job.fold,
         )
         return Finished(job, tuned.test, tuned.validation.assign(fold=job.fold), tuned.generated, tuned.costs)
+
+    def adapted_base(self, train: pd.DataFrame, validation: pd.DataFrame) -> Path:
+        """The base after further span corruption on these training texts; models that see the same texts share it."""
+        texts = [rows["text"].tolist() for rows in (train, validation)]
+        shaped_by = {"base": base_digest(self.base_folder), "settings": asdict(self.adaptation), "texts": texts}
+        name = f"adapted-{hashlib.sha256(canonical_json(shaped_by)).hexdigest()[:16]}"
+        return adapted_checkpoint(self.base_folder, *texts, self.adaptation, self.folder / name, self.folder / ".checkpoints" / name)
 
 
 def read_finished(job: Job, folder: Path) -> Finished | None:

@@ -110,6 +110,7 @@ def finetune(
     checkpoints: Path,
     *,
     random_init: bool = False,
+    name: str | None = None,
     fold: int = 0,
 ) -> FineTuned:
     """Fine-tune on `splits["train"]`, choose weights on `splits["validation"]`, predict `splits["test"]` once.
@@ -120,9 +121,10 @@ def finetune(
         splits: frames with `text_id`, `text`, `label`.
         checkpoints: where the training loop keeps its state; an interrupted run goes on from there.
         random_init: forget the base's weights: the control.
+        name: of the model in its predictions; None: `model_name`.
         fold: written into the predictions.
     """
-    settings, name = settings.with_method(settings.method), model_name(task, settings.method, random_init)
+    settings, name = settings.with_method(settings.method), name or model_name(task, settings.method, random_init)
     tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
     table = parameter_table(model)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 from transformers.optimization import Adafactor
 
 from src.config import TrainingSettings
@@ -29,8 +30,9 @@ class OptimizerError(ValueError):
 class RMSScaledOptimizer(torch.optim.Optimizer):
     """Steps of `lr * max(RMS(parameter at its first step), 1e-2) * direction`: `lr` is a change relative to where it started.
 
-    A group's `direction` is "adam" (bias-corrected AdamW, arXiv 1711.05101; the scaling is nanoT5's) or "muon" (momentum made
-    orthogonal, scaled to twice the usual RMS of an Adam step; arXiv 2502.16982, eq. 4, takes it once). Weight decay is decoupled.
+    A group's `direction` is "adam" (bias-corrected AdamW, arXiv 1711.05101; nanoT5 scales it by the size of the moment) or "muon"
+    (momentum made orthogonal, scaled to twice the usual RMS of an Adam step; arXiv 2502.16982, eq. 4, takes it once). Weight decay
+    is decoupled.
     """
 
     def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
@@ -41,33 +43,45 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            directions = muon_directions if group["direction"] == "muon" else adam_directions
-            for parameter, update in directions(parameters, self.state, group):
-                state = self.state[parameter]
-                if "size" not in state:
-                    state["size"] = max(SMALLEST_RMS, float(torch.linalg.vector_norm(parameter)) / math.sqrt(parameter.numel()))
+            for parameter in parameters:
+                if "size" not in self.state[parameter]:
+                    rms = float(torch.linalg.vector_norm(parameter)) / math.sqrt(parameter.numel())
+                    self.state[parameter]["size"] = max(SMALLEST_RMS, rms)
+            if group["direction"] == "adam":
+                for parameter in parameters:
+                    adam_step(parameter, self.state[parameter], group)
+                continue
+            for parameter, update in muon_directions(parameters, self.state, group):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update, alpha=state["size"] * group["lr"])
+                parameter.sub_(update, alpha=group["lr"] * self.state[parameter]["size"])
 
 
-Directions = Iterator[tuple[torch.Tensor, torch.Tensor]]  # (parameter, a new tensor like it)
+def adam_step(parameter: torch.Tensor, state: dict, group: dict) -> None:
+    """PyTorch's fused AdamW at the rate `lr * size`; its decay is a share of that rate, so `size` is taken out of it again."""
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    adamw(
+        [parameter],
+        [parameter.grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"] * state["size"],
+        weight_decay=group["weight_decay"] / state["size"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
-def adam_directions(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> Directions:
-    """m / (sqrt(v) + eps), both bias-corrected."""
-    beta1, beta2 = group["betas"]
-    for parameter in parameters:
-        gradient, state = parameter.grad, states[parameter]
-        if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
-        state["step"] += 1
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-        yield parameter, state["exp_avg"].div(denominator).div_(1 - beta1 ** state["step"])
-
-
-def muon_directions(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> Directions:
+def muon_directions(
+    parameters: Iterable[torch.Tensor], states: Mapping, group: dict
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (parameter, a new tensor like it)
     """Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4."""
     by_shape: dict[torch.Size, list[torch.Tensor]] = {}  # matrices of one shape go through the iteration together
     for parameter in parameters:

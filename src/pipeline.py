@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.artifacts import ArtifactError, sources_changed, stale_reason, verify_folder
-from src.config import STAGES, Settings, Stage, artifacts_folder, settings_for
+from src.config import STAGES, Settings, Stage, artifacts_folder, parse_overrides, parse_value, settings_for
 
 ROOT = Path(__file__).parent.parent
 # Options of `run` (and variables of `make run`) that stand for one setting.
@@ -183,23 +183,12 @@ def print_summary(settings: Settings, rows: list[dict[str, Any]]) -> None:
         print(f"{model['name']:<28}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}")
 
 
-def parse_value(text: str) -> Any:
-    """A setting's value as written on a command line: JSON where it is JSON, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def settings_from(arguments: argparse.Namespace) -> Settings:
     overrides: dict[str, Any] = {}
     for option, (key, _) in OPTIONS.items():
         if value := getattr(arguments, option):
             overrides[key] = parse_value(value) if option in ("max_documents", "minutes") else value
-    for pair in arguments.set:
-        key, _, value = pair.partition("=")
-        overrides[key] = parse_value(value)
-    return settings_for(arguments.profile, overrides)
+    return settings_for(arguments.profile, overrides | parse_overrides(arguments.set))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import T5Config
 
 from src import compare, cross_validation
@@ -181,6 +182,32 @@ def test_free_generation_is_reported_beside_the_likelihoods(run):
     assert entry["generated"][0]["invalid_rate"] > 0.9  # two steps teach no word
     assert entry["invalid_rate"] == 0
     assert run("--models", "pretrained_head")["models"][0].get("generated") is None
+
+
+def test_an_adapted_base_has_read_the_training_texts_alone(run, base, tmp_path, monkeypatch):
+    """Span corruption on the texts to be judged would make the score a promise nobody can keep, even without their labels."""
+    adapt, finetune, read, calls = cross_validation.adapted_checkpoint, cross_validation.finetune, [], []
+
+    def watched_adaptation(folder, texts, validation, *arguments):
+        read.append(set(texts) | set(validation))
+        return adapt(folder, texts, validation, *arguments)
+
+    def watched(task, folder, splits, *arguments, **options):
+        calls.append((folder, set(splits["test"]["text"]), load_file(folder / "model.safetensors")["shared.weight"]))
+        return finetune(task, folder, splits, *arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "adapted_checkpoint", watched_adaptation)
+    monkeypatch.setattr(cross_validation, "finetune", watched)
+    steps = ("--set", "adaptation.max_steps=3", "--set", "classification.max_steps=2", "--seeds", "0,1")
+    report = run("--models", "pretrained_head,pretrained_head_adapted", *steps)
+    assert [entry["name"] for entry in report["models"]] == ["pretrained_head", "pretrained_head_adapted"]
+    plain, adapted = calls[:4], calls[4:]
+    assert len(read) == len(adapted) == 4
+    assert not any(texts & test for texts, (_, test, _) in zip(read, adapted, strict=True))
+    assert {folder for folder, _, _ in plain} == {base}
+    assert len({folder for folder, _, _ in adapted}) == 2  # one a fold, shared by both seeds
+    assert not any(torch.equal(weights, plain[0][2]) for _, _, weights in adapted)
+    assert not list((tmp_path / "sample" / "comparison" / ".checkpoints").iterdir())
 
 
 def test_errors_come_before_any_training(run, monkeypatch):

@@ -11,7 +11,7 @@ LAYERS = {
     "overlap splits tokenizer span_corruption packing attention fast_attention norm dropout fused_loss",
     2: "pretraining_dataset finetuning_dataset collators t5_layers t5_stack modeling_t5 kv_cache slim_attention slim_generation",
     3: "initialisation optimizers compilation gradients checkpoints interruption training_bar training pretraining qlora inference "
-    "finetuning finetuned_checkpoints evaluation baselines cross_validation display",
+    "adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation display",
     4: "predict compare pipeline",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
