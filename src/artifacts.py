@@ -93,8 +93,12 @@ def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def published_command(module: str, arguments: Sequence[str]) -> str:
-    """A command line as readers may see it: of a path only its last part, which names the data; the rest says nothing to them."""
-    return shlex.join(["python", "-m", module, *(Path(argument).name if os.sep in argument else argument for argument in arguments)])
+    """A command line as readers may see it: of a path outside this project only its last part, which names the data."""
+    shown = []
+    for argument in arguments:
+        outside = os.path.isabs(argument) or Path(argument).parts[:1] == ("..",)
+        shown.append(Path(argument).name if outside else argument)
+    return shlex.join(["python", "-m", module, *shown])
 
 
 def installed_versions() -> dict[str, str]:
