@@ -184,26 +184,6 @@ class FinetuningSettings(TrainingSettings):
         return replace(self, learning_rate=learning_rate, full_learning_rate=learning_rate)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All sections of one profile, and the overrides that were applied to it."""
-
-    profile: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    labelled: LabelledSettings = field(default_factory=LabelledSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    pretraining: PretrainingSettings
-    adaptation: PretrainingSettings  # further span corruption on labelled texts, in `compare`
-    classification: FinetuningSettings
-    text_to_text: FinetuningSettings
-
-    def section(self, name: str) -> dict[str, Any]:
-        """One section as plain JSON values (tuples become lists)."""
-        values = asdict(getattr(self, name))
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
 # Further span corruption on sentences: short texts have more sentinels, so longer targets beside their inputs.
 ADAPTATION = PretrainingSettings(
     inputs_length=256,
@@ -217,6 +197,28 @@ ADAPTATION = PretrainingSettings(
     evaluate_every=100,
     validation_rows=64,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All sections of one profile, and the overrides that were applied to it."""
+
+    profile: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    labelled: LabelledSettings = field(default_factory=LabelledSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    pretraining: PretrainingSettings
+    adaptation: PretrainingSettings = ADAPTATION  # further span corruption on labelled texts, in `compare`
+    classification: FinetuningSettings
+    text_to_text: FinetuningSettings
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One section as plain JSON values (tuples become lists)."""
+        values = asdict(getattr(self, name))
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 # Both ways of fine-tuning, the head and text to text. The head has no targets.
 MINI_FINETUNING = FinetuningSettings(
     learning_rate=1e-3,
@@ -250,7 +252,6 @@ PROFILES = {
             validation_rows=48,
             precision="fp32",  # in bf16 a model this small learns which events are good or bad news some hundred steps later
         ),
-        adaptation=ADAPTATION,
         classification=FinetuningSettings(
             learning_rate=3e-3,
             full_learning_rate=3e-2,
@@ -288,7 +289,6 @@ PROFILES = {
             checkpoint_every=250,
             compile=True,
         ),
-        adaptation=ADAPTATION,
         classification=MINI_FINETUNING,
         text_to_text=MINI_FINETUNING,
     ),
@@ -296,7 +296,6 @@ PROFILES = {
     "small": Settings(
         profile="small",
         pretraining=PretrainingSettings(max_epochs=10, rows_per_step=128, rows_per_micro_batch=32, warmup_steps=1_000),
-        adaptation=ADAPTATION,
         classification=SMALL_FINETUNING,
         text_to_text=SMALL_FINETUNING,
     ),

@@ -9,7 +9,7 @@ high rates they grow exponentially without decay, and shrink away with it, until
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -47,42 +47,37 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
                 if "size" not in self.state[parameter]:
                     rms = float(torch.linalg.vector_norm(parameter)) / math.sqrt(parameter.numel())
                     self.state[parameter]["size"] = max(SMALLEST_RMS, rms)
-            if group["direction"] == "adam":
-                for parameter in parameters:
-                    adam_step(parameter, self.state[parameter], group)
-                continue
-            for parameter, update in muon_directions(parameters, self.state, group):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update, alpha=group["lr"] * self.state[parameter]["size"])
+            step = muon_step if group["direction"] == "muon" else adam_step
+            step(parameters, self.state, group)
 
 
-def adam_step(parameter: torch.Tensor, state: dict, group: dict) -> None:
+def adam_step(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> None:
     """PyTorch's fused AdamW at the rate `lr * size`; its decay is a share of that rate, so `size` is taken out of it again."""
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    adamw(
-        [parameter],
-        [parameter.grad],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [state["step"]],
-        fused=True,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"] * state["size"],
-        weight_decay=group["weight_decay"] / state["size"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    for parameter in parameters:
+        state = states[parameter]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        adamw(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * state["size"],
+            weight_decay=group["weight_decay"] / state["size"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-def muon_directions(
-    parameters: Iterable[torch.Tensor], states: Mapping, group: dict
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (parameter, a new tensor like it)
-    """Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4."""
+def muon_step(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> None:
+    """Along Nesterov momentum with its singular values pushed to 1, times 0.4 sqrt(larger side), an RMS of 0.4."""
     by_shape: dict[torch.Size, list[torch.Tensor]] = {}  # matrices of one shape go through the iteration together
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -91,7 +86,9 @@ def muon_directions(
             states[parameter].setdefault("momentum", torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - group["momentum"])
         updates = [parameter.grad.lerp(states[parameter]["momentum"], group["momentum"]) for parameter in alike]
         orthogonal = orthogonalise(torch.stack(updates)).mul_(0.4 * math.sqrt(max(shape)))
-        yield from zip(alike, orthogonal.to(updates[0].dtype), strict=True)
+        for parameter, update in zip(alike, orthogonal.to(updates[0].dtype), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update, alpha=group["lr"] * states[parameter]["size"])
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -231,12 +231,17 @@ def summary(result: TrainingResult, model: nn.Module) -> dict[str, float]:
     }
 
 
+def save_checkpoint(model: nn.Module, tokenizer: Any, tokenizer_folder: Path, folder: Path) -> None:
+    """Write a plain Hugging Face checkpoint and its tokenizer, the SentencePiece model of `tokenizer_folder` included."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    copy_sentencepiece(tokenizer_folder, folder)
+
+
 def save_pretrained(
     model: nn.Module, tokenizer: Any, tokenizer_folder: Path, result: TrainingResult, metrics: Mapping[str, float], folder: Path
 ) -> None:
     """Write a plain Hugging Face checkpoint, with the log and figures of its making beside it."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    copy_sentencepiece(tokenizer_folder, folder)
+    save_checkpoint(model, tokenizer, tokenizer_folder, folder)
     (folder / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in result.log), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(dict(metrics), indent=1), encoding="utf-8")

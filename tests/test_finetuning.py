@@ -92,12 +92,11 @@ def test_exported_model_is_stock_and_says_the_same(base, tmp_path, method):
     (tmp_path / "saved").mkdir()
     finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "text_to_text", chosen, 1.0)
     finetuned_checkpoints.export_merged(tmp_path / "saved", base, chosen, tmp_path / "merged")
-    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    # The 16-bit weights, computed with in float32 as the judged model is: rounding between layers may turn a tie.
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert type(stock).__module__.startswith("transformers.")
     written = inference.generate_labels(stock, tuned.tokenizer, SPLITS["test"]["text"].tolist(), chosen)
-    sure = tuned.test[list(PROBABILITY_COLUMNS)].max(axis=1).to_numpy() > 0.6  # rounding to 16 bit may turn a tie
-    assert sure.mean() > 0.9
-    assert inference.label_ids_of(written)[sure].tolist() == tuned.generated["prediction"][sure].tolist()
+    assert inference.label_ids_of(written).tolist() == tuned.generated["prediction"].tolist()
 
 
 @pytest.mark.parametrize("task", ["classification", "text_to_text"])

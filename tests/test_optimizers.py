@@ -39,7 +39,7 @@ def test_steps_follow_adam():
         ours.grad, theirs.grad = torch.tensor(gradient), torch.tensor(gradient)
         mine.step()
         reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 def test_a_parameter_at_zero_moves():
