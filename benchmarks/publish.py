@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import RESULTS, machine
+from benchmarks.record import RESULTS
 from src.artifacts import ArtifactError, data_digest, open_artifact
 from src.config import SettingsError, settings_for
 from src.modeling_t5 import T5ForConditionalGeneration
@@ -50,7 +50,7 @@ def publish(profile: str) -> dict[str, Any]:
     record = {
         "command": make_command(profile, dataset.manifest["overrides"] | pretrained.manifest["overrides"]),
         "date": date.today().isoformat(),
-        "machine": machine(),
+        "machine": pretrained.manifest["machine"],
         "seed": pretrained.manifest["settings"]["pretraining"]["seed"],
         "data_sha256": data_digest(dataset.manifest["sources"]),
         "packages": pretrained.manifest["packages"],

@@ -4,27 +4,15 @@ python -m benchmarks.record decoding --cases headline      ->  results/decoding.
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 from src.artifacts import installed_versions, published_command
+from src.environment import machine
 
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-def machine() -> str:
-    """Processor name and number of cores that this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main() -> int:

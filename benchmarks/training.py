@@ -1,6 +1,6 @@
-"""Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`.
+"""Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`, on a GPU where there is one.
 
-T5-small shapes, 8 rows of 512 + 114 tokens, float32 weights under bf16 autocast, forward + backward + fused AdamW, dropout 0 and
+T5-small shapes, rows of 512 + 114 tokens, float32 weights under bf16 autocast, forward + backward + fused AdamW, dropout 0 and
 0.1. Ours (as written, and with compiled blocks) and the stock variants (eager, sdpa, each with and without `torch.compile`) take
 turns, each in its own process and all with the memory allocator of our training loop; the median of the rounds counts, and the fastest
 of ours is set against the fastest of stock. The matrix products of a step are timed alone beside them. The last line is one JSON object.
@@ -8,65 +8,91 @@ of ours is set against the fastest of stock. The matrix products of a step are t
 
 import argparse
 import json
+import math
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 import transformers
 from transformers import T5Config
 
 from src.compilation import compile_blocks
-from src.environment import keep_freed_memory
+from src.environment import device_name, keep_freed_memory
 from src.modeling_t5 import T5ForConditionalGeneration
 
-ROWS, SOURCE, TARGET = 8, 512, 114
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
+SOURCE, TARGET = 512, 114
 OURS = ("ours", "ours+compile")
 STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile")
 
 
+def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of one call, the mean of `CALLS`, until the device has finished."""
+    backend = torch.cuda if ON_GPU else torch.cpu
+    backend.synchronize()
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        work(*arguments)
+    backend.synchronize()
+    return (time.perf_counter() - started) / CALLS
+
+
+def median_seconds(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of one call, the median of three measurements after one that warms up."""
+    return statistics.median([seconds_of(work, *arguments) for _ in range(4)][1:])
+
+
 def build(kind: str, dropout: float, vocab_size: int) -> torch.nn.Module:
-    """One of ours or a stock variant, with the same random weights."""
-    config = T5Config(vocab_size=vocab_size, dropout_rate=dropout, decoder_start_token_id=0)
+    """One of ours or a stock variant on the device, with the same random weights."""
+    config = T5Config(vocab_size=vocab_size, dropout_rate=dropout, decoder_start_token_id=0, use_cache=False)
     torch.manual_seed(0)
     ours = T5ForConditionalGeneration(config).train()
     attention, _, compiled = kind.partition("+")
     if attention == "ours":
+        ours.to(DEVICE)  # first: which blocks gain from compiling depends on the device
         if compiled:
             compile_blocks(ours)
         return ours
     stock = transformers.T5ForConditionalGeneration(config).train()
     stock.set_attn_implementation(attention)
     stock.load_state_dict(ours.state_dict())
+    stock.to(DEVICE)
     return torch.compile(stock) if compiled else stock
 
 
 class Step:
-    """One kind's model, optimizer and batch; calling it runs a step and returns its seconds."""
+    """One kind's model, optimizer and batch; calling it takes an optimizer step."""
 
-    def __init__(self, kind: str, dropout: float, vocab_size: int) -> None:
-        self.model = build(kind, dropout, vocab_size)
+    def __init__(self, kind: str, options: argparse.Namespace) -> None:
+        self.model = build(kind, options.dropout, options.vocab_size)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         generator = torch.Generator().manual_seed(1)
-        self.input_ids = torch.randint(2, vocab_size, (ROWS, SOURCE), generator=generator)
-        self.labels = torch.randint(2, vocab_size, (ROWS, TARGET), generator=generator)
+        shapes = {"input_ids": (options.rows, SOURCE), "labels": (options.rows, TARGET)}
+        batch = {name: torch.randint(2, options.vocab_size, shape, generator=generator) for name, shape in shapes.items()}
+        if ON_GPU and kind in OURS:  # one segment a row, as in a full window of pre-training: what our GPU kernel asks for
+            batch["encoder_segment_ids"], batch["decoder_segment_ids"] = (torch.ones_like(ids) for ids in tuple(batch.values()))
+        self.batch = {name: values.to(DEVICE) for name, values in batch.items()}
 
-    def __call__(self) -> float:
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self.model(input_ids=self.input_ids, labels=self.labels).loss
+    def __call__(self) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - started
 
 
-def products(config: T5Config) -> list[tuple[int, tuple, tuple]]:
-    """(count, left shape, right shape) of the matrix products of a forward pass."""
+def products(config: T5Config, rows: int) -> list[tuple[int, tuple, tuple]]:
+    """(count, left shape, right shape) of the matrix products a b^T of a forward pass."""
     width, inner, hidden, heads, d_kv = config.d_model, config.num_heads * config.d_kv, config.d_ff, config.num_heads, config.d_kv
-    source, target, layers, decoders = ROWS * SOURCE, ROWS * TARGET, config.num_layers, config.num_decoder_layers
+    source, target, layers, decoders = rows * SOURCE, rows * TARGET, config.num_layers, config.num_decoder_layers
     linear = [
         (4 * layers + 2 * decoders, (source, width), (inner, width)),  # encoder q k v o, cross k v
         (6 * decoders, (target, width), (inner, width)),
@@ -77,76 +103,100 @@ def products(config: T5Config) -> list[tuple[int, tuple, tuple]]:
         (1, (target, width), (config.vocab_size, width)),
     ]
     pairs = ((layers, SOURCE, SOURCE), (decoders, TARGET, TARGET), (decoders, TARGET, SOURCE))
-    scores = [(count * ROWS, (heads, q, d_kv), (heads, k, d_kv)) for count, q, k in pairs]
-    context = [(count * ROWS, (heads, q, k), (heads, d_kv, k)) for count, q, k in pairs]
+    calls, batch = (1, rows * heads) if ON_GPU else (rows, heads)  # a CPU does best row by row, in its cache
+    scores = [(count * calls, (batch, q, d_kv), (batch, k, d_kv)) for count, q, k in pairs]
+    context = [(count * calls, (batch, q, k), (batch, d_kv, k)) for count, q, k in pairs]
     return [*linear, *scores, *context]
 
 
-def seconds_of_products(config: T5Config) -> float:
+def seconds_of_products(config: T5Config, rows: int) -> float:
     """Seconds that the products of one step need: each a b^T, and its two gradients."""
     total = 0.0
-    for count, left, right in products(config):
-        a, b = torch.randn(left).bfloat16(), torch.randn(right).bfloat16()
-        gradient = a @ b.mT
-        spent = []
-        for _ in range(4):
-            started = time.perf_counter()
-            torch.matmul(a, b.mT, out=gradient)
-            torch.matmul(gradient, b), torch.matmul(gradient.mT, a)
-            spent.append(time.perf_counter() - started)
-        total += count * statistics.median(spent[1:])
+    for count, left, right in products(config, rows):
+        a, b = (torch.randn(shape, device=DEVICE).bfloat16() for shape in (left, right))
+        total += count * median_seconds(lambda a, b, out: (torch.matmul(a, b.mT, out=out), out @ b, out.mT @ a), a, b, a @ b.mT)
     return total
 
 
-class Worker:
-    """A process that holds one kind and makes a step when asked, so that kinds share neither memory nor its peak."""
+def utilisation(config: T5Config, rows: int, seconds: float, peer_seconds: float) -> dict[str, float]:
+    """Share of the rate of one large bf16 product that the products of a step reach, causal attention counted in full; that rate."""
+    a, b, out = (torch.randn(8192, 8192, device=DEVICE).bfloat16() for _ in range(3))
+    rate = 2 * 8192**3 / median_seconds(lambda: torch.matmul(a, b, out=out))
+    flops = 3 * sum(2 * count * math.prod(left) * right[-2] for count, left, right in products(config, rows))  # backward is twice forward
+    return {"mfu": flops / seconds / rate, "peer_mfu": flops / peer_seconds / rate, "matmul_tflops": rate / 1e12}
 
-    def __init__(self, kind: str, dropout: float, options: argparse.Namespace) -> None:
-        arguments = ["--serve", kind, "--dropout", str(dropout), "--vocab-size", str(options.vocab_size), "--threads", str(options.threads)]
-        command = [sys.executable, "-m", "benchmarks.training", *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def step(self) -> tuple[float, float]:
-        """(seconds of one step, peak resident megabytes so far)."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of a benchmark ended early (exit status {self.process.wait()})")
-        seconds, peak_mb = line.split()
-        return float(seconds), float(peak_mb)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def start(kind: str, dropout: float, options: argparse.Namespace) -> subprocess.Popen:
+    """A process that holds one kind and takes steps when asked, so that kinds share neither memory nor its peak."""
+    values = {"serve": kind, "dropout": dropout, "rows": options.rows, "vocab-size": options.vocab_size, "threads": options.threads}
+    command = [sys.executable, "-m", "benchmarks.training", *(f"--{name}={value}" for name, value in values.items())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
 
 def serve(kind: str, options: argparse.Namespace) -> None:
-    """Make a step for every line read, and print what `Worker.step` returns."""
+    """For every line read take `CALLS` steps and print what `step_together` returns; a stock kind that fails prints why."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a compiler prints is no answer
     keep_freed_memory()
-    step = Step(kind, options.dropout, options.vocab_size)
-    for _ in sys.stdin:
-        seconds = step()
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+    try:
+        step = Step(kind, options)
+        for _ in sys.stdin:
+            if ON_GPU:
+                torch.cuda.reset_peak_memory_stats()  # what compiling took does not count
+            seconds = seconds_of(step)
+            peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(seconds, peak / 2**20, file=answers)
+    except Exception as error:
+        if kind in OURS:
+            raise
+        print(f"error: {type(error).__name__}:", str(error).strip().partition("\n")[0], file=answers)
+
+
+def step_together(workers: dict[str, subprocess.Popen], kinds: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """(seconds of a step, peak MB: resident so far on a CPU, allocated in these steps on a GPU) of the kinds still among `workers`.
+
+    All are asked at once. A stock kind that fails is reported and leaves `workers`; one of ours raises RuntimeError.
+    """
+    kinds, answers = [kind for kind in kinds if kind in workers], {}
+    for kind in kinds:
+        with suppress(BrokenPipeError):  # a process that has ended gives no answer
+            workers[kind].stdin.write("step\n")
+    for kind in kinds:
+        line = workers[kind].stdout.readline()
+        if line and not line.startswith("error"):
+            answers[kind] = tuple(map(float, line.split()))
+            continue
+        process = workers.pop(kind)
+        process.communicate()  # until it has left its memory to the others
+        failure = f"{kind}: {line.strip() or f'the process ended early (exit status {process.returncode})'}"
+        if kind in OURS:
+            raise RuntimeError(failure)
+        print(f"left out: {failure}", file=sys.stderr, flush=True)
+    return answers
 
 
 def compare(dropout: float, options: argparse.Namespace) -> dict:
     """Median seconds of every kind in alternating rounds, the matrix products in the same rounds, and peak memory."""
-    ours = OURS if dropout == 0 else OURS[:1]  # blocks with dropout are not compiled on a CPU
-    workers = {kind: Worker(kind, dropout, options) for kind in (*ours, *options.stock)}
-    seconds, peaks, alone = {kind: [] for kind in workers}, {}, []
-    for worker in workers.values():
-        worker.step(), worker.step()  # compile, and fill the optimizer's state
+    ours = OURS if ON_GPU or dropout == 0 else OURS[:1]  # blocks with dropout are not compiled on a CPU
+    kinds, config = (*ours, *options.stock), T5Config(vocab_size=options.vocab_size)
+    workers = {kind: start(kind, dropout, options) for kind in kinds}
+    seconds, peaks, alone = {kind: [] for kind in kinds}, {}, []
+    for together in [kinds] if ON_GPU else [(kind,) for kind in kinds]:  # the machine of a GPU has cores for all compilers at once
+        step_together(workers, together), step_together(workers, together)  # compile, and fill the optimizer's state
     for turn in range(options.rounds):
-        for kind in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
-            spent, peaks[kind] = workers[kind].step()
-            seconds[kind].append(spent)
-        alone.append(seconds_of_products(T5Config(vocab_size=options.vocab_size)))
-        print(f"dropout {dropout} round {turn}: " + "  ".join(f"{kind} {spent[-1]:.2f} s" for kind, spent in seconds.items()), flush=True)
+        for kind in kinds if turn % 2 == 0 else kinds[::-1]:
+            for name, (spent, peak) in step_together(workers, (kind,)).items():
+                seconds[name].append(spent)
+                peaks[name] = peak
+        alone.append(seconds_of_products(config, options.rows))
+        print(f"dropout {dropout} round {turn}: " + "  ".join(f"{kind} {seconds[kind][-1]:.3g} s" for kind in workers), flush=True)
     for worker in workers.values():
-        worker.close()
-    medians = {kind: statistics.median(spent) for kind, spent in seconds.items()}
-    best, peer = (min(kinds, key=medians.__getitem__) for kinds in (ours, options.stock))
+        worker.communicate()  # ends what it reads, and so the process
+    stock = [kind for kind in options.stock if kind in workers]
+    if not stock:
+        raise RuntimeError(f"no stock variant ran at dropout {dropout}")
+    medians, peaks = {kind: statistics.median(seconds[kind]) for kind in workers}, {kind: peaks[kind] for kind in workers}
+    best, peer = (min(names, key=medians.__getitem__) for names in (ours, stock))
     ratio = medians[peer] / medians[best]
     return {"seconds": medians, "peak_mb": peaks, "best": best, "peer": peer, "ratio": ratio, "products_s": statistics.median(alone)}
 
@@ -154,6 +204,8 @@ def compare(dropout: float, options: argparse.Namespace) -> dict:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=64 if ON_GPU else 8)
+    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--stock", nargs="+", choices=STOCK, default=STOCK)
     parser.add_argument("--vocab-size", type=int, default=32128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -168,22 +220,19 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if options.serve:
         return serve(options.serve, options)
-    results = {dropout: compare(dropout, options) for dropout in (0.0, 0.1)}
-    plain, dropped, tokens = results[0.0], results[0.1], ROWS * (SOURCE + TARGET)
-    report = {
-        "speed_ratio_dropout0": plain["ratio"],
-        "speed_ratio_dropout01": dropped["ratio"],
-        "gemm_fraction": plain["products_s"] / plain["seconds"][plain["best"]],
-        "tokens_per_s": tokens / plain["seconds"][plain["best"]],
-        "peer_tokens_per_s": tokens / plain["seconds"][plain["peer"]],
-        "peak_mb": plain["peak_mb"][plain["best"]],
-        "peer_peak_mb": plain["peak_mb"][plain["peer"]],
-        "products_s": plain["products_s"],
-        "dropout0": plain,
-        "dropout01": dropped,
-        "threads": options.threads,
+    results = {f"dropout{dropout:g}".replace(".", ""): compare(dropout, options) for dropout in options.dropouts}  # "dropout0", "dropout01"
+    first, tokens = next(iter(results.values())), options.rows * (SOURCE + TARGET)
+    seconds, peer_seconds = (first["seconds"][first[kind]] for kind in ("best", "peer"))
+    report = {f"speed_ratio_{name}": result["ratio"] for name, result in results.items()}
+    report |= {"gemm_fraction": first["products_s"] / seconds, "tokens_per_s": tokens / seconds, "peer_tokens_per_s": tokens / peer_seconds}
+    report |= {
+        "peak_mb": first["peak_mb"][first["best"]],
+        "peer_peak_mb": first["peak_mb"][first["peer"]],
+        "products_s": first["products_s"],
     }
-    print(json.dumps(report))
+    if ON_GPU:
+        report |= utilisation(T5Config(vocab_size=options.vocab_size), options.rows, seconds, peer_seconds)
+    print(json.dumps(report | results | {"rows": options.rows, "threads": options.threads, "device": device_name()}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import Settings, artifacts_folder, settings_for, stage_of
+from src.environment import machine
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, read_manifest, recover, verify_folder
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -79,6 +80,7 @@ def write_artifact(
         "inputs": {artifact.name: artifact.digest for artifact in inputs},
         "sources": [dict(source) for source in sources],
         "packages": installed_versions(),
+        "machine": machine(),
         "code": code_digest(),
     }
     with atomic_folder(artifacts_folder(settings.profile) / name, manifest) as folder:

@@ -6,6 +6,7 @@ trades speed for being read: it keeps every score.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,19 @@ def segment_mask(query_segments: Tensor, key_segments: Tensor) -> Tensor:
             f"segment ids of {query_segments.shape[0]} and {key_segments.shape[0]} rows: encoder and decoder rows must be the same"
         )
     return (query_segments[:, :, None] == key_segments[:, None, :]).unsqueeze(1)
+
+
+class SegmentMask(NamedTuple):
+    """Which query sees which key in packed rows, told by ids: those of its segment and, where `causal`, none after it."""
+
+    query_segments: Tensor  # integers (batch, query_length)
+    key_segments: Tensor  # integers (batch, key_length)
+    causal: bool = False
+
+    def matrix(self) -> Tensor:
+        """True where the query sees the key: bool (batch, 1, query_length, key_length)."""
+        mask = segment_mask(self.query_segments, self.key_segments)
+        return mask & causal_mask(*mask.shape[-2:], mask.device) if self.causal else mask
 
 
 def causal_mask(query_length: int, key_length: int, device: torch.device) -> Tensor:

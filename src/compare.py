@@ -21,6 +21,7 @@ from src.artifacts import data_digest, installed_versions, open_artifact, publis
 from src.config import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
 from src.display.evaluation import intervals_figure, label_efficiency_figure
+from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
 from src.qlora import base_digest
 from src.sources import describe_source
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data}
     report |= {"command": published_command("src.pipeline", sys.argv[1:])}
     sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
-    report |= {"data_sha256": data_digest(sources) or data, "packages": installed_versions()}
+    report |= {"data_sha256": data_digest(sources) or data, "packages": installed_versions(), "machine": machine()}
     write_report(report, arguments.output)
     return report
 

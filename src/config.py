@@ -219,9 +219,10 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-# Both ways of fine-tuning, the head and text to text. The head has no targets.
-MINI_FINETUNING = FinetuningSettings(
+# Both ways of fine-tuning, the head and text to text, of `mini` and `small`. The head has no targets.
+SHORT_ROWS_FINETUNING = FinetuningSettings(
     learning_rate=1e-3,
+    other_rate=0.3,
     inputs_length=128,  # long enough for nearly any sentence; attention over longer rows costs more
     targets_length=48,
     rows_per_step=16,
@@ -230,7 +231,6 @@ MINI_FINETUNING = FinetuningSettings(
     warmup_steps=20,
     evaluate_every=100,
 )
-SMALL_FINETUNING = FinetuningSettings(learning_rate=5e-4, rows_per_step=4, rows_per_micro_batch=4, max_epochs=8, warmup_steps=50)
 
 PROFILES = {
     # Finishes on two CPU cores within minutes: it shows the way, not the quality.
@@ -289,15 +289,17 @@ PROFILES = {
             checkpoint_every=250,
             compile=True,
         ),
-        classification=MINI_FINETUNING,
-        text_to_text=MINI_FINETUNING,
+        classification=SHORT_ROWS_FINETUNING,
+        text_to_text=SHORT_ROWS_FINETUNING,
     ),
     # The widths of T5-small; wants a GPU.
     "small": Settings(
         profile="small",
-        pretraining=PretrainingSettings(max_epochs=10, rows_per_step=128, rows_per_micro_batch=32, warmup_steps=1_000),
-        classification=SMALL_FINETUNING,
-        text_to_text=SMALL_FINETUNING,
+        pretraining=PretrainingSettings(
+            rows_per_step=64, rows_per_micro_batch=64, max_epochs=5, warmup_steps=100, evaluate_every=500, checkpoint_every=500
+        ),
+        classification=SHORT_ROWS_FINETUNING,
+        text_to_text=SHORT_ROWS_FINETUNING,
     ),
 }
 

@@ -100,6 +100,17 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def machine() -> str:
+    """What results were made on: the GPU if there is one, the processor, and the cores that this process may use."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpu = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
+    return ", ".join([*gpu, processor, f"{os.cpu_count()} cores"])
+
+
 def report() -> str:
     """A plain table of versions, device and number format."""
     rows = [("python", platform.python_version()), *((name, installed(name) or "absent") for name in SHOWN_PACKAGES)]

@@ -1,34 +1,55 @@
-"""Training-time attention: the plain formula in chunks that stay in the processor's cache, with its own backward.
+"""The fastest attention for the device, and the one for CPUs: the plain formula in chunks that stay in the processor's cache.
 
 A learned bias rules out the framework's fused CPU kernels, and the plain formula moves every score through main memory a dozen
 times. Here a few rows at a time go through all steps before the next rows do; only the attention weights are kept, with the
 dropout mask in their sign. `src.attention.plain_attention` is the reference that a test holds this equal to.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
-from src.attention import merge_heads, plain_attention, split_heads
+from src.attention import SegmentMask, additive, merge_heads, plain_attention, split_heads
 from src.dropout import SIXTEEN_BIT, clear, keep_bits
 
+HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from src.triton_attention import HEAD_WIDTHS, packed_attention
+
+OLDEST_GPU = (8, 0)  # Ampere: the kernel was not tried on what came before
 CHUNK_SCORES = 2 << 20  # scores that go through all steps at once: 4 MB in 16 bit
 SIGN_BIT = -(1 << 15)  # of a 16-bit float seen as an integer
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, heads: int, rate: float = 0.0) -> Tensor:
+def prepared_mask(mask: Tensor | SegmentMask | None, dtype: torch.dtype) -> Tensor | SegmentMask | None:
+    """A mask as `attention` reads it fastest, made once for all layers: segments where the GPU kernel takes them, else numbers to add."""
+    if not isinstance(mask, SegmentMask):
+        return additive(mask, dtype)
+    has_kernel = HAS_TRITON and mask.key_segments.is_cuda and dtype in SIXTEEN_BIT and torch.cuda.get_device_capability() >= OLDEST_GPU
+    return mask if has_kernel else additive(mask.matrix(), dtype)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | SegmentMask | None, heads: int, rate: float = 0.0
+) -> Tensor:
     """softmax(Q K^T + bias + mask) V with the fastest way for the device.
 
     Args:
         query: (batch, query_length, heads x d_kv).
         key, value: (batch, key_length, heads x d_kv).
         bias: learned, (1, heads, query_length, key_length), or None.
-        mask: additive, (batch or 1, 1, query_length or 1, key_length), or None.
+        mask: additive, (batch or 1, 1, query_length or 1, key_length), or segments, or None.
         heads: number of heads.
         rate: dropout rate of the attention weights.
 
     Returns:
         (batch, query_length, heads x d_kv).
     """
+    if isinstance(mask, SegmentMask):
+        if query.shape[2] // heads in HEAD_WIDTHS:
+            return packed_attention(query, key, value, bias, *mask[:2], mask.causal, heads, rate)[0]
+        mask = additive(mask.matrix(), query.dtype)
     if query.device.type == "cpu" and (rate == 0 or query.dtype in SIXTEEN_BIT):
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
         return chunked_attention(query, key, value, bias, mask, heads, rate, keep)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 CHUNK_BYTES = 64 << 20  # logits that exist at once
-FLOAT_ROWS = 64  # of them in float32 at once: stays in the processor's cache
+FLOAT_ROWS = 64  # of them in float32 at once on a CPU: stays in the processor's cache; a GPU takes a whole chunk
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -67,8 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
     """Summed loss of (rows, vocab_size) logits, which are overwritten with `share` x its gradient."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for first in range(0, len(logits), FLOAT_ROWS):
-        rows = slice(first, first + FLOAT_ROWS)
+    step = FLOAT_ROWS if logits.device.type == "cpu" else max(1, len(logits))
+    for first in range(0, len(logits), step):
+        rows = slice(first, first + step)
         exact, index = logits[rows].float(), labels[rows, None]
         probability = torch.softmax(exact, dim=-1)
         # log of the normaliser by way of the most likely token, whose probability cannot underflow

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
-from src.attention import SegmentError, at_least_float32, segment_mask
+from src.attention import SegmentError, SegmentMask, at_least_float32
 from src.fused_loss import IGNORED_LABEL, linear_cross_entropy
 from src.slim_generation import SlimGenerationMixin
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
@@ -151,13 +151,15 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         return self.encoder(input_ids, attention_mask=attention_mask, segment_ids=segment_ids).last_hidden_state
 
 
-def cross_mask(attention_mask: Tensor | None, encoder_segments: Tensor | None, decoder_segments: Tensor | None) -> Tensor | None:
-    """Which source token each target token may see, bool (batch, 1, target or 1, source); None: all."""
+def cross_mask(
+    attention_mask: Tensor | None, encoder_segments: Tensor | None, decoder_segments: Tensor | None
+) -> Tensor | SegmentMask | None:
+    """Which source token each target token may see: segments, or bool (batch, 1, 1, source); None: all."""
     if (encoder_segments is None) != (decoder_segments is None):
         missing = "decoder_segment_ids" if decoder_segments is None else "encoder_segment_ids"
         raise SegmentError(f"{missing} is missing: a packed row needs segment ids on both sides")
     if encoder_segments is not None:
-        return segment_mask(decoder_segments, encoder_segments)
+        return SegmentMask(decoder_segments, encoder_segments)
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
 
@@ -237,7 +239,7 @@ class T5ForSentimentClassification(T5PreTrainedModel):
         """Decoder state at the last eos of each example: (rows, count, d_model)."""
         decoder_inputs = shift_right(input_ids, segments, self.config.decoder_start_token_id or 0, self.config.pad_token_id)
         states = self.transformer.decoder(
-            decoder_inputs, segment_ids=segments, encoder_states=states, encoder_mask=segment_mask(segments, segments)
+            decoder_inputs, segment_ids=segments, encoder_states=states, encoder_mask=SegmentMask(segments, segments)
         ).last_hidden_state
         example = torch.arange(1, count + 1, device=segments.device)[:, None]
         is_end = (segments[:, None, :] == example) & (input_ids == self.config.eos_token_id)[:, None, :]  # (rows, count, length)

@@ -37,6 +37,7 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "direction": "adam", "momentum": 0.95}
+        options["fused"] = True  # makes `load_state_dict` put the count of steps on the parameter's device, where the fused step wants it
         super().__init__(groups, options)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import T5Config
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.attention import at_least_float32, merge_heads, plain_attention, split_heads
+from src.attention import SegmentMask, additive, at_least_float32, merge_heads, plain_attention, split_heads
 from src.dropout import dropout, relu_dropout
 from src.fast_attention import attention
 from src.norm import rms_norm
@@ -79,7 +79,7 @@ class T5Attention(nn.Module):
         self,
         hidden_states: Tensor,
         bias: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | SegmentMask | None = None,
         encoder_states: Tensor | None = None,
         cache=None,
     ) -> Tensor:
@@ -93,6 +93,7 @@ class T5Attention(nn.Module):
             return self.o(merge_heads(cache.attend(self, split_heads(query, self.num_heads), states, bias, mask)))
         key, value, rate = self.k(states), self.v(states), self.dropout_rate if self.training else 0.0
         if self.kernel == "plain":
+            mask = additive(mask.matrix(), query.dtype) if isinstance(mask, SegmentMask) else mask
             by_head = (split_heads(part, self.num_heads) for part in (query, key, value))
             return self.o(merge_heads(plain_attention(*by_head, bias, mask, rate)))
         return self.o(attention(query, key, value, bias, mask, self.num_heads, rate))

@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.attention import additive, at_least_float32, causal_mask, position_bias, segment_mask
+from src.attention import SegmentMask, at_least_float32, causal_mask, position_bias
 from src.dropout import dropout
+from src.fast_attention import prepared_mask
 from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm, compute_dtype
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
@@ -105,7 +106,7 @@ class T5Stack(T5PreTrainedModel):
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         encoder_states: Tensor | None = None,
-        encoder_mask: Tensor | None = None,
+        encoder_mask: Tensor | SegmentMask | None = None,
         cache=None,
         **_: object,
     ) -> BaseModelOutput:
@@ -116,7 +117,7 @@ class T5Stack(T5PreTrainedModel):
             attention_mask: (batch, keys) 1 = real, or None; keys count cached tokens too.
             segment_ids: (batch, length) 0 = padding, 1.. = example, or None; takes the place of `attention_mask`.
             encoder_states: (batch, source length, d_model), decoder only.
-            encoder_mask: bool, broadcastable to (batch, 1, length, source length).
+            encoder_mask: bool, broadcastable to (batch, 1, length, source length), or the segments of both sides.
             cache: `src.kv_cache.T5Cache` to read and extend, decoder only.
 
         Returns:
@@ -125,9 +126,9 @@ class T5Stack(T5PreTrainedModel):
         start = 0 if cache is None else cache.get_seq_length()
         length = input_ids.shape[1]
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
-        mask = additive(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
-        encoder_mask, bias = additive(encoder_mask, dtype), self._bias(start, length, cache)
-        if mask is not None and mask.shape[-1] < bias.shape[-1]:  # a cache's room for tokens to come, which the bias masks
+        mask = prepared_mask(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
+        encoder_mask, bias = prepared_mask(encoder_mask, dtype), self._bias(start, length, cache)
+        if isinstance(mask, Tensor) and mask.shape[-1] < bias.shape[-1]:  # a cache's room for tokens to come, which the bias masks
             mask = nn.functional.pad(mask, (0, bias.shape[-1] - mask.shape[-1]))
         hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)
         for block in self.block:
@@ -142,10 +143,10 @@ class T5Stack(T5PreTrainedModel):
             return cache.position_bias(table, start, length, max_distance)
         return position_bias(table, start, length, start + length, not self.config.is_decoder, max_distance)
 
-    def _mask(self, start: int, length: int, attention_mask, segment_ids, device) -> Tensor | None:
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+    def _mask(self, start: int, length: int, attention_mask, segment_ids, device) -> Tensor | SegmentMask | None:
         if segment_ids is not None:
-            mask = segment_mask(segment_ids, segment_ids)
+            return SegmentMask(segment_ids, segment_ids, causal=self.config.is_decoder)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         if self.config.is_decoder and length > 1:
             causal = causal_mask(length, start + length, device)
             mask = causal if mask is None else mask & causal
