@@ -21,6 +21,12 @@ NOWHERE: tl.constexpr = tl.constexpr(1 << 30)
 
 
 @triton.jit
+def _start(row, head, length, width, d_kv: tl.constexpr):
+    """Where a head of a row begins in (rows, length, heads x d_kv): 64 bits, for large batches."""
+    return tl.cast(row, tl.int64) * length * width + head * d_kv
+
+
+@triton.jit
 def _rows(pointer, positions, length, width, d_kv: tl.constexpr):
     """(block, d_kv) of one head at the given positions, zeros beyond the end."""
     columns = tl.arange(0, d_kv)
@@ -82,11 +88,8 @@ def _forward(
 ):  # fmt: skip
     row_head, width = tl.program_id(1), heads * d_kv
     row, head = row_head // heads, row_head % heads
-    query, output = (
-        query + row.to(tl.int64) * query_length * width + head * d_kv,
-        output + row.to(tl.int64) * query_length * width + head * d_kv,
-    )
-    key, value = key + row.to(tl.int64) * key_length * width + head * d_kv, value + row.to(tl.int64) * key_length * width + head * d_kv
+    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
+    query, output, key, value = query + of_queries, output + of_queries, key + of_keys, value + of_keys
     key_segments += row * key_length
     bias += head * query_length * key_length
     queries = tl.program_id(0) * block + tl.arange(0, block)
@@ -128,7 +131,7 @@ def _backward_keys(
 ):  # fmt: skip
     row_head, width = tl.program_id(1), heads * d_kv
     row, head = row_head // heads, row_head % heads
-    of_queries, of_keys = row.to(tl.int64) * query_length * width + head * d_kv, row.to(tl.int64) * key_length * width + head * d_kv
+    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
     query, d_output, key, value = query + of_queries, d_output + of_queries, key + of_keys, value + of_keys
     query_segments += row * query_length
     bias += head * query_length * key_length
@@ -162,7 +165,7 @@ def _backward_queries(
 ):  # fmt: skip
     row_head, width = tl.program_id(1), heads * d_kv
     row, head = row_head // heads, row_head % heads
-    of_queries, of_keys = row.to(tl.int64) * query_length * width + head * d_kv, row.to(tl.int64) * key_length * width + head * d_kv
+    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
     key, value = key + of_keys, value + of_keys
     key_segments += row * key_length
     bias += head * query_length * key_length
@@ -209,8 +212,7 @@ def _backward_bias(
             tl.max(own, 0) < tl.min(tl.where(theirs >= 0, theirs, NOWHERE), 0)
         )
         if not apart:
-            of_queries = tl.cast(row, tl.int64) * query_length * width + head * d_kv
-            of_keys = tl.cast(row, tl.int64) * key_length * width + head * d_kv
+            of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
             row_head = row * heads + head
             q, k = _rows(query + of_queries, queries, query_length, width, d_kv), _rows(key + of_keys, keys, key_length, width, d_kv)
             v, d_o = _rows(value + of_keys, keys, key_length, width, d_kv), _rows(d_output + of_queries, queries, query_length, width, d_kv)
