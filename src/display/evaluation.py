@@ -97,7 +97,9 @@ def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -
                 f"{result[name]:.3f}", (high, position), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
             )
         axes.set_xlabel(f"{label}, 95 % interval", color=INK)
-        axes.margins(x=0.14, y=0.12)
+        axes.margins(x=0.05, y=0.12)
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right + 0.14 * (right - left))  # room for the rightmost number
     panels[0].set_yticks(range(len(ordered)), [result["model"] for result in ordered])
     figure.suptitle(title, color=INK, fontsize=11)
     return finished(figure)
