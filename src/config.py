@@ -179,6 +179,10 @@ class FinetuningSettings(TrainingSettings):
         changes = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate} if method == "full" else {}
         return replace(self, method=method, **changes)
 
+    def for_random_start(self) -> "FinetuningSettings":
+        """The same run of all weights from random ones, at one rate: a lower one for embeddings saves only what pre-training taught."""
+        return replace(self.with_method("full"), other_rate=1.0)
+
     def with_learning_rate(self, learning_rate: float) -> "FinetuningSettings":
         """The same run at another rate, whichever method it is by."""
         return replace(self, learning_rate=learning_rate, full_learning_rate=learning_rate)

@@ -153,6 +153,7 @@ class Runner:
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]
         settings = replace(self.settings[contestant.task].with_method(contestant.method), seed=job.seed)
+        settings = settings.for_random_start() if contestant.random_init else settings
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
