@@ -175,6 +175,20 @@ def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):
     assert not any(splits["test"] & splits["validation"] for _, splits in judging)
 
 
+def test_the_control_learns_its_embeddings_at_the_full_rate(run, monkeypatch):
+    """A control held back by what protects pre-trained embeddings makes pre-training look better than it is."""
+    finetune, rates = cross_validation.finetune, {}
+
+    def watched(task, folder, splits, settings, *arguments, **options):
+        rates.setdefault(options["name"], set()).add((settings.method, settings.learning_rate, settings.other_rate))
+        return finetune(task, folder, splits, settings, *arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "finetune", watched)
+    run("--models", "random_init,pretrained_head", "--set", "classification.other_rate=0.25")
+    rate = settings_for("sample").classification.full_learning_rate
+    assert rates == {"random_init": {("full", rate, 1.0)}, "pretrained_head": {("full", rate, 0.25)}}
+
+
 def test_free_generation_is_reported_beside_the_likelihoods(run):
     """A text-to-text model that seldom writes a label can still rank the three: its likelihoods alone would hide that."""
     entry = run("--models", "text_to_text", "--set", "text_to_text.max_steps=2", "--seeds", "0,1")["models"][0]
