@@ -82,14 +82,17 @@ def muon_step(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) 
     by_shape: dict[torch.Size, list[torch.Tensor]] = {}  # matrices of one shape go through the iteration together
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
+        if "momentum" not in states[parameter]:
+            states[parameter]["momentum"] = torch.zeros_like(parameter)
     for shape, alike in by_shape.items():
-        for parameter in alike:
-            states[parameter].setdefault("momentum", torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - group["momentum"])
-        updates = [parameter.grad.lerp(states[parameter]["momentum"], group["momentum"]) for parameter in alike]
-        orthogonal = orthogonalise(torch.stack(updates)).mul_(0.4 * math.sqrt(max(shape)))
-        for parameter, update in zip(alike, orthogonal.to(updates[0].dtype), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(update, alpha=group["lr"] * states[parameter]["size"])
+        gradients, momenta = [parameter.grad for parameter in alike], [states[parameter]["momentum"] for parameter in alike]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        orthogonal = orthogonalise(torch.stack(updates)).to(updates[0].dtype).unbind()
+        rate = group["lr"] * 0.4 * math.sqrt(max(shape))
+        torch._foreach_mul_(orthogonal, [rate * states[parameter]["size"] for parameter in alike])
+        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(alike, orthogonal)
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
