@@ -140,7 +140,7 @@ def main() -> None:
     print(f"{len(texts)} sentences, {sum(map(len, inputs)) / len(inputs):.1f} tokens each, about {per_step} in a step")
     ratios = {f"speed_ratio_{way}": round(median["packed"] / median[way], 3) for way in ("pad512", "bucketed", "sorted")}
     report = {**ratios, "real_token_fraction": round(epoch.packing.input_efficiency, 4), "sentences_per_s": round(median["packed"], 1)}
-    report |= {"labelled": arguments.labelled, "profile": arguments.profile, "method": arguments.method}
+    report |= {"labelled": Path(arguments.labelled).name, "profile": arguments.profile, "method": arguments.method}
     print(json.dumps(report | {"row_length": settings.inputs_length, "threads": torch.get_num_threads(), "rounds": arguments.rounds}))
 
 
