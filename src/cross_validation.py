@@ -152,8 +152,8 @@ class Runner:
 
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]
-        settings = replace(self.settings[contestant.task].with_method(contestant.method), seed=job.seed)
-        settings = settings.for_random_start() if contestant.random_init else settings
+        settings = replace(self.settings[contestant.task], seed=job.seed)
+        settings = settings.for_random_start() if contestant.random_init else settings.with_method(contestant.method)
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:

@@ -22,12 +22,12 @@ CHUNK_SCORES = 2 << 20  # scores that go through all steps at once: 4 MB in 16 b
 SIGN_BIT = -(1 << 15)  # of a 16-bit float seen as an integer
 
 
-def prepared_mask(mask: Tensor | SegmentMask | None, dtype: torch.dtype) -> Tensor | SegmentMask | None:
+def prepared_mask(mask: Tensor | SegmentMask | None, dtype: torch.dtype, d_kv: int) -> Tensor | SegmentMask | None:
     """A mask as `attention` reads it fastest, made once for all layers: segments where the GPU kernel takes them, else numbers to add."""
     if not isinstance(mask, SegmentMask):
         return additive(mask, dtype)
-    has_kernel = HAS_TRITON and mask.key_segments.is_cuda and dtype in SIXTEEN_BIT and torch.cuda.get_device_capability() >= OLDEST_GPU
-    return mask if has_kernel else additive(mask.matrix(), dtype)
+    has_kernel = HAS_TRITON and mask.key_segments.is_cuda and torch.cuda.get_device_capability() >= OLDEST_GPU
+    return mask if has_kernel and dtype in SIXTEEN_BIT and d_kv in HEAD_WIDTHS else additive(mask.matrix(), dtype)
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
         query: (batch, query_length, heads x d_kv).
         key, value: (batch, key_length, heads x d_kv).
         bias: learned, (1, heads, query_length, key_length), or None.
-        mask: additive, (batch or 1, 1, query_length or 1, key_length), or segments, or None.
+        mask: what `prepared_mask` made: additive, (batch or 1, 1, query_length or 1, key_length), or segments, or None.
         heads: number of heads.
         rate: dropout rate of the attention weights.
 
@@ -47,9 +47,7 @@ def attention(
         (batch, query_length, heads x d_kv).
     """
     if isinstance(mask, SegmentMask):
-        if query.shape[2] // heads in HEAD_WIDTHS:
-            return packed_attention(query, key, value, bias, *mask[:2], mask.causal, heads, rate)[0]
-        mask = additive(mask.matrix(), query.dtype)
+        return packed_attention(query, key, value, bias, *mask, heads, rate)[0]
     if query.device.type == "cpu" and (rate == 0 or query.dtype in SIXTEEN_BIT):
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
         return chunked_attention(query, key, value, bias, mask, heads, rate, keep)[0]

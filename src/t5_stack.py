@@ -126,8 +126,8 @@ class T5Stack(T5PreTrainedModel):
         start = 0 if cache is None else cache.get_seq_length()
         length = input_ids.shape[1]
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
-        mask = prepared_mask(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype)
-        encoder_mask, bias = prepared_mask(encoder_mask, dtype), self._bias(start, length, cache)
+        mask = prepared_mask(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype, self.config.d_kv)
+        encoder_mask, bias = prepared_mask(encoder_mask, dtype, self.config.d_kv), self._bias(start, length, cache)
         if isinstance(mask, Tensor) and mask.shape[-1] < bias.shape[-1]:  # a cache's room for tokens to come, which the bias masks
             mask = nn.functional.pad(mask, (0, bias.shape[-1] - mask.shape[-1]))
         hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)

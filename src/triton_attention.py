@@ -27,6 +27,14 @@ def _start(row, head, length, width, d_kv: tl.constexpr):
 
 
 @triton.jit
+def _place(query_length, key_length, heads, d_kv: tl.constexpr):
+    """The row and head of a program of the grid (blocks, rows x heads): both as one number and alone, width of a token, starts."""
+    row_head, width = tl.program_id(1), heads * d_kv
+    row, head = row_head // heads, row_head % heads
+    return row_head, row, head, width, _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
+
+
+@triton.jit
 def _rows(pointer, positions, length, width, d_kv: tl.constexpr):
     """(block, d_kv) of one head at the given positions, zeros beyond the end."""
     columns = tl.arange(0, d_kv)
@@ -72,8 +80,18 @@ def _kept(seed, rate, row_head, queries, keys, query_length, key_length):
 
 
 @triton.jit
-def _score_gradients(p, d_output, v, delta, seed, rate, row_head, queries, keys, query_length, key_length, dropout: tl.constexpr):
+def _softmax_state(normaliser, delta, row_head, queries, query_length):
+    """What the backward pass knows of each query's softmax: log2 of its sum, and the sum of output x its gradient."""
+    inside, places = queries < query_length, row_head * query_length + queries
+    return tl.load(normaliser + places, mask=inside, other=float("inf")), tl.load(delta + places, mask=inside, other=0.0)
+
+
+@triton.jit
+def _score_gradients(
+    scores, log_total, d_output, v, delta, seed, rate, row_head, queries, keys, query_length, key_length, dropout: tl.constexpr
+):
     """Gradients of the scores, and the weights that multiplied V: float32 (queries, keys) both."""
+    p = tl.exp2(scores - log_total[:, None])
     d_weights, weights = tl.dot(d_output, tl.trans(v), input_precision="ieee"), p
     if dropout:
         scale = tl.where(_kept(seed, rate, row_head, queries, keys, query_length, key_length), 1 / (1 - rate), 0.0)
@@ -86,9 +104,7 @@ def _forward(
     query, key, value, bias, query_segments, key_segments, output, normaliser, query_length, key_length, heads, seed, rate,
     d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr, power_of_two: tl.constexpr,
 ):  # fmt: skip
-    row_head, width = tl.program_id(1), heads * d_kv
-    row, head = row_head // heads, row_head % heads
-    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
+    row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     query, output, key, value = query + of_queries, output + of_queries, key + of_keys, value + of_keys
     key_segments += row * key_length
     bias += head * query_length * key_length
@@ -129,9 +145,7 @@ def _backward_keys(
     seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr,
     power_of_two: tl.constexpr,
 ):  # fmt: skip
-    row_head, width = tl.program_id(1), heads * d_kv
-    row, head = row_head // heads, row_head % heads
-    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
+    row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     query, d_output, key, value = query + of_queries, d_output + of_queries, key + of_keys, value + of_keys
     query_segments += row * query_length
     bias += head * query_length * key_length
@@ -144,13 +158,13 @@ def _backward_keys(
     key_gradient, value_gradient = tl.zeros((block, d_kv), tl.float32), tl.zeros((block, d_kv), tl.float32)
     for first in tl.range(begin // block * block, end, block):
         queries = first + tl.arange(0, block)
-        inside = queries < query_length
-        theirs = tl.load(query_segments + queries, mask=inside, other=-1)
+        theirs = tl.load(query_segments + queries, mask=queries < query_length, other=-1)
         q, d_o = _rows(query, queries, query_length, width, d_kv), _rows(d_output, queries, query_length, width, d_kv)
         scores = _scores(q, k, bias, queries, keys, theirs, own, query_length, key_length, biased, causal)
-        p = tl.exp2(scores - tl.load(normaliser + row_head * query_length + queries, mask=inside, other=float("inf"))[:, None])
-        d = tl.load(delta + row_head * query_length + queries, mask=inside, other=0.0)
-        d_scores, weights = _score_gradients(p, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout)
+        log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
+        d_scores, weights = _score_gradients(
+            scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout
+        )
         value_gradient = tl.dot(tl.trans(weights.to(d_o.dtype)), d_o, value_gradient, input_precision="ieee")
         key_gradient = tl.dot(tl.trans(d_scores.to(q.dtype)), q, key_gradient, input_precision="ieee")
     _store_rows(d_key + of_keys, key_gradient, keys, key_length, width, d_kv)
@@ -163,19 +177,15 @@ def _backward_queries(
     seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr,
     power_of_two: tl.constexpr,
 ):  # fmt: skip
-    row_head, width = tl.program_id(1), heads * d_kv
-    row, head = row_head // heads, row_head % heads
-    of_queries, of_keys = _start(row, head, query_length, width, d_kv), _start(row, head, key_length, width, d_kv)
+    row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     key, value = key + of_keys, value + of_keys
     key_segments += row * key_length
     bias += head * query_length * key_length
     queries = tl.program_id(0) * block + tl.arange(0, block)
-    inside = queries < query_length
-    own = tl.load(query_segments + row * query_length + queries, mask=inside, other=-1)
+    own = tl.load(query_segments + row * query_length + queries, mask=queries < query_length, other=-1)
     q = _rows(query + of_queries, queries, query_length, width, d_kv)
     d_o = _rows(d_output + of_queries, queries, query_length, width, d_kv)
-    log_total = tl.load(normaliser + row_head * query_length + queries, mask=inside, other=float("inf"))
-    d = tl.load(delta + row_head * query_length + queries, mask=inside, other=0.0)
+    log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
     begin, end = _visible(own, key_segments, key_length, power_of_two)
     if causal:
         end = tl.minimum(end, (tl.program_id(0) + 1) * block)
@@ -185,8 +195,7 @@ def _backward_queries(
         theirs = tl.load(key_segments + keys, mask=keys < key_length, other=-2)
         k, v = _rows(key, keys, key_length, width, d_kv), _rows(value, keys, key_length, width, d_kv)
         scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, biased, causal)
-        p = tl.exp2(scores - log_total[:, None])
-        d_scores, _ = _score_gradients(p, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout)
+        d_scores, _ = _score_gradients(scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout)
         gradient = tl.dot(d_scores.to(k.dtype), k, gradient, input_precision="ieee")
     _store_rows(d_query + of_queries, gradient, queries, query_length, width, d_kv)
 
@@ -217,9 +226,10 @@ def _backward_bias(
             q, k = _rows(query + of_queries, queries, query_length, width, d_kv), _rows(key + of_keys, keys, key_length, width, d_kv)
             v, d_o = _rows(value + of_keys, keys, key_length, width, d_kv), _rows(d_output + of_queries, queries, query_length, width, d_kv)
             scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, True, causal)
-            p = tl.exp2(scores - tl.load(normaliser + row_head * query_length + queries, mask=inside, other=float("inf"))[:, None])
-            d = tl.load(delta + row_head * query_length + queries, mask=inside, other=0.0)
-            d_scores, _ = _score_gradients(p, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout)
+            log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
+            d_scores, _ = _score_gradients(
+                scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout
+            )
             gradient += d_scores
     where = d_bias + (head * query_length + queries[:, None]) * key_length + keys[None, :]
     tl.store(where, gradient, mask=inside[:, None] & key_inside[None, :])
