@@ -22,10 +22,6 @@ ESTIMATE_MARGIN = 0.15  # 4 standard errors of a 128-permutation estimate at 0.8
 NEIGHBOURS = 64  # members of one bucket that each member is compared with: keeps work linear in the texts
 
 
-class DeduplicationError(ValueError):
-    """Texts that leave nothing to work with."""
-
-
 class ShingleFile:
     """Sets of n-gram hashes in a temporary file: written in order, read back two at a time."""
 

@@ -7,9 +7,12 @@ its logits are there. Costs the same three products as the plain way; the plain 
 import torch
 from torch import Tensor
 
+from src.attention import at_least_float32
+
 IGNORED_LABEL = -100
 CHUNK_BYTES = 64 << 20  # logits that exist at once
-FLOAT_ROWS = 64  # of them in float32 at once on a CPU: stays in the processor's cache; a GPU takes a whole chunk
+FLOAT_ROWS = 16  # of them in float32 at once on a CPU: stays in the processor's cache; a GPU takes a whole chunk
+SMALLEST_PROBABILITY = 1e-38  # of a label, in the loss that is reported: float32 ends there
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -40,11 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(FLOAT_ROWS, CHUNK_BYTES // (weight.shape[0] * states.element_size()))
         total = states.new_zeros((), dtype=torch.float32)
         d_states, d_weight = (torch.empty_like(states), None) if needs_gradient else (None, None)
+        # A small share of a small probability would vanish in float16, so there the share is taken at the end.
+        inner = 1.0 if states.dtype == torch.float16 else share
         with torch.autocast(states.device.type, enabled=False):
             for first in range(0, len(states), rows):
                 chunk = slice(first, first + rows)
                 logits = states[chunk] @ small.t()  # (rows, vocab_size)
-                total += _loss_and_gradient_(logits, labels[chunk], share)
+                total += _loss_and_gradient_(logits, labels[chunk], inner)
                 if needs_gradient:
                     d_states[chunk] = logits @ small  # `logits` now hold their gradient
                     part = (logits.t() @ states[chunk]).to(weight.dtype)
@@ -52,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
             ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight
+            ctx.share = share / inner if inner else 1.0
         return total * share
 
     @staticmethod
@@ -59,9 +65,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("this loss gave its gradients away in an earlier backward pass: compute it again")
         (d_states, d_weight), ctx.gradients = ctx.gradients, None
+        gradient = gradient * ctx.share
         if gradient.device.type == "cpu" and float(gradient) == 1.0:
             return d_states, d_weight, None, None, None
-        return d_states * gradient.to(d_states.dtype), d_weight * gradient.to(d_weight.dtype), None, None, None
+        # In float32, because a gradient scaler's factor can be more than float16 holds.
+        return *((at_least_float32(part) * gradient).to(part.dtype) for part in (d_states, d_weight)), None, None, None
 
 
 def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -70,11 +78,8 @@ def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
     step = FLOAT_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for first in range(0, len(logits), step):
         rows = slice(first, first + step)
-        exact, index = logits[rows].float(), labels[rows, None]
-        probability = torch.softmax(exact, dim=-1)
-        # log of the normaliser by way of the most likely token, whose probability cannot underflow
-        normaliser = exact.amax(-1, keepdim=True) - probability.amax(-1, keepdim=True).log_()
-        total += (normaliser - exact.gather(1, index)).sum()
-        probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=probability.dtype))
+        probability, index = torch.softmax(logits[rows], -1, dtype=torch.float32), labels[rows, None]
+        total -= probability.gather(1, index).clamp_min_(SMALLEST_PROBABILITY).log_().sum()
+        probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
         logits[rows] = probability.mul_(share)
     return total

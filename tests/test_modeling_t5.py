@@ -166,6 +166,19 @@ def test_fused_loss_is_the_plain_loss(monkeypatch, num_items):
         torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
 
 
+def test_fused_loss_in_fp16_keeps_small_gradients():
+    """Breaks when float16 loses what is small in a large batch, or the gradient scaler's factor, which is more than it holds."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(200, 16, generator=generator), torch.randn(800, 16, generator=generator)
+    labels, scale, num_items = torch.randint(0, 800, (200,), generator=generator), 2.0**16, 50_000
+    exact = [part.double().requires_grad_() for part in (states, weight)]
+    expected = torch.autograd.grad(scale * mean_loss(exact[0] @ exact[1].t(), labels, num_items), exact)
+    halves = states.half().requires_grad_(), weight.requires_grad_()
+    found = torch.autograd.grad(scale * linear_cross_entropy(*halves, labels, num_items), halves)
+    for plain, fused in zip(expected, found, strict=True):
+        assert (fused.double() - plain).norm() < 2e-3 * plain.norm()
+
+
 def test_training_step_matches_stock_in_bf16():
     """Breaks when the fast path loses more precision under autocast than stock T5 does."""
     config = config_of(V10, SIZES[0])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from pandas.io.formats.style import Styler
 from transformers import PreTrainedTokenizerBase
 
@@ -110,8 +110,11 @@ def thousands(value: float, _: int = 0) -> str:
 def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str = "tokens", title: str = "", mark: int | None = None) -> Figure:
     """Shares of text lengths on a logarithmic axis, one outline for each name; `mark` draws a line, e.g. at the row length."""
     figure, axes = plt.subplots(figsize=(7.5, 2.8))
-    everything = np.maximum(np.concatenate([np.asarray(values, np.int64) for values in lengths.values()] or [[1]]), 1)
-    edges = np.unique(np.geomspace(everything.min(), everything.max() + 1, 41).round())
+    everything = np.concatenate([np.asarray(values, np.int64) for values in lengths.values()])
+    first, last = (max(1, int(edge(everything))) for edge in (np.min, np.max)) if len(everything) else (1, 1)
+    widths = np.maximum(np.diff(np.geomspace(first, last + 1, 41)).round(), 1)  # of whole lengths, never fewer than further left
+    edges = first + np.concatenate([[0], np.cumsum(widths)])
+    edges = edges[: np.searchsorted(edges, last, "right") + 1]
     for (name, values), colour in zip(lengths.items(), (INK, ACCENT, MUTED), strict=False):
         values = np.maximum(np.asarray(values), 1)
         weights = np.full(len(values), 100 / max(len(values), 1))
@@ -121,8 +124,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str = "tokens",
     if mark:
         axes.axvline(mark, color=ACCENT, linestyle="--", linewidth=1, label=f"{mark:,} {unit}")
     axes.set(xscale="log", xlabel=unit, ylabel="% of texts", title=title)
-    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=FuncFormatter(thousands), minor_formatter="")
     plain_axes(axes).legend(frameon=False, fontsize=9)
     return finished(figure)
 

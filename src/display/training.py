@@ -174,13 +174,6 @@ def position_biases(model: nn.Module, longest: int = 128) -> Figure:
     return finished(figure)
 
 
-def bucket_of(distances: torch.Tensor, bidirectional: bool, config: Any) -> torch.Tensor:
-    """T5's bucket of a relative position (key minus query), int64 like `distances`; arXiv 1910.10683, section 2.1."""
-    from src.attention import relative_position_bucket
-
-    return relative_position_bucket(distances, bidirectional, config.relative_attention_num_buckets, config.relative_attention_max_distance)
-
-
 def decoding_figure(rows: pd.DataFrame) -> Figure:
     """Cache size and decoding speed by batch size; columns kind, batch, mebibytes, tokens_per_second. 16 bit is dashed."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.2), dpi=SCREEN_DPI)
@@ -196,11 +189,6 @@ def decoding_figure(rows: pd.DataFrame) -> Figure:
         axes.set_ylim(0, None)
     panels[0].legend(frameon=False, fontsize=9)
     return finished(figure)
-
-
-def decoding_table(rows: pd.DataFrame) -> Styler:
-    """The figures behind `decoding_figure`, slim beside standard."""
-    return rows.style.format({"mebibytes": "{:.2f}", "tokens_per_second": "{:,.0f}"}).hide(axis="index")
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Styler:
