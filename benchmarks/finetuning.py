@@ -21,12 +21,13 @@ import torch
 from transformers import T5Config
 
 from src.collators import ClassificationBatches, encode
-from src.config import FinetuningSettings, settings_for
+from src.config import FinetuningSettings
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
 from src.inference import autocast
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer
+from src.profiles import settings_for
 from src.sources import read_labelled
 from src.tokenizer import load_tokenizer, train_tokenizer
 

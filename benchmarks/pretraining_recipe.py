@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import transformers
 
-from src import config
+from src import profiles
 from src.artifacts import open_artifact
 from src.collators import PretrainingBatches
 from src.compilation import compile_blocks
@@ -107,7 +107,7 @@ def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCor
     )
 
 
-def contestants(settings: config.Settings, tokenizer, documents) -> list[Contestant]:
+def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Contestant]:
     """Baseline and default, from the same first weights where the default's are T5's; time spent on other ones counts."""
     default = settings.pretraining
     baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
-    settings = config.settings_for(options.profile, config.parse_overrides(options.set))
+    settings = profiles.settings_for(options.profile, profiles.parse_overrides(options.set))
     tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
     folder = open_artifact(settings, "pretraining_dataset").path
     both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))

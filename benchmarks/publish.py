@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.record import RESULTS
 from src.artifacts import ArtifactError, data_digest, open_artifact
-from src.config import SettingsError, settings_for
+from src.config import SettingsError
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.pipeline import OPTIONS
+from src.profiles import settings_for
 from src.verified_folders import MANIFEST, atomic_folder
 
 WEIGHTS = "model.safetensors"

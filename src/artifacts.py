@@ -15,8 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from src.config import Settings, artifacts_folder, settings_for, stage_of
 from src.environment import machine
+from src.profiles import Settings, artifacts_folder, settings_for
+from src.stages import stage_of
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, read_manifest, recover, verify_folder
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -62,7 +63,7 @@ def write_artifact(
 
     Args:
         settings: of this run; the sections of the stage and their overrides are recorded.
-        name: an output of a stage in `src.config.STAGES`.
+        name: an output of a stage in `src.stages.STAGES`.
         inputs: the artifacts that were read; their digests are recorded.
         sources: what `src.sources.describe_source` says of the raw files.
         counts: numbers worth keeping; read when the block ends, so it may be filled inside.

@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 
 from src.artifacts import data_digest, installed_versions, open_artifact, published_command
-from src.config import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
+from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
 from src.sources import describe_source
 from src.verified_folders import canonical_json

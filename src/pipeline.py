@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.artifacts import ArtifactError, sources_changed, stale_reason, verify_folder
-from src.config import STAGES, Settings, Stage, artifacts_folder, parse_overrides, parse_value, settings_for
+from src.profiles import Settings, artifacts_folder, parse_overrides, parse_value, settings_for
+from src.stages import STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
 # Options of `run` (and variables of `make run`) that stand for one setting.

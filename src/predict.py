@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from src.artifacts import open_artifact
-from src.config import PROFILES, FinetuningSettings, settings_for
+from src.config import FinetuningSettings
 from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
 from src.finetuned_checkpoints import load_finetuned, read_about
 from src.inference import class_probabilities, label_likelihoods
 from src.labels import LABELS
+from src.profiles import PROFILES, settings_for
 
 ARTIFACTS = {"classification": "classification_head", "text_to_text": "text_to_text"}
 

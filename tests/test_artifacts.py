@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from src import artifacts, config
+from src import artifacts, profiles, stages
 from src.artifacts import ArtifactError, open_artifact, sources_changed, stale_reason, write_artifact
 from src.verified_folders import atomic_folder, verify_folder
 
@@ -60,7 +60,7 @@ KILL_AT_EVERY_STEP = textwrap.dedent("""
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path))
-    return config.settings_for("sample")
+    return profiles.settings_for("sample")
 
 
 def write(settings, name, text="words", inputs=()):
@@ -72,7 +72,7 @@ def write(settings, name, text="words", inputs=()):
 def write_chain(settings):
     """All six artifacts, each made from what its stage reads."""
     made = {}
-    for stage in config.STAGES:
+    for stage in stages.STAGES:
         for name in stage.outputs:
             made[name] = write(settings, name, inputs=[made[i] for i in stage.inputs])
     return made
@@ -109,13 +109,13 @@ def test_a_full_disk_names_the_bytes_and_keeps_the_old_folder(settings, tmp_path
     assert open_artifact(settings, "tokenizer").digest == old.digest
 
 
-@pytest.mark.parametrize("stage", config.STAGES, ids=lambda stage: stage.notebook)
+@pytest.mark.parametrize("stage", stages.STAGES, ids=lambda stage: stage.notebook)
 @pytest.mark.parametrize("fault", ["missing", "missing file", "flipped byte", "edited manifest", "made anew", "edited setting"])
 def test_every_upstream_fault_stops_the_reader(settings, stage, fault, monkeypatch):
     """Without the checks a stage would go on with input that is missing, damaged or older than its own inputs."""
     write_chain(settings)
     name = stage.outputs[0]
-    path = config.artifacts_folder("sample") / name
+    path = profiles.artifacts_folder("sample") / name
     reader = name
     if fault == "missing":
         path.rename(path.with_name("elsewhere"))
@@ -127,7 +127,7 @@ def test_every_upstream_fault_stops_the_reader(settings, stage, fault, monkeypat
         text = (path / "manifest.json").read_text()
         (path / "manifest.json").write_text(text.replace('"rows": 3', '"rows": 4'))
     elif fault == "made anew":
-        readers = [s for s in config.STAGES if name in s.inputs]
+        readers = [s for s in stages.STAGES if name in s.inputs]
         if not readers:
             pytest.skip("nothing reads this artifact")
         write(settings, name, text="other words")
@@ -135,8 +135,8 @@ def test_every_upstream_fault_stops_the_reader(settings, stage, fault, monkeypat
         stage = readers[0]
     elif fault == "edited setting":
         section = stage.sections[-1]
-        changed = config.settings_for("sample", {f"{section}.seed": 7})
-        monkeypatch.setitem(config.PROFILES, "sample", changed)
+        changed = profiles.settings_for("sample", {f"{section}.seed": 7})
+        monkeypatch.setitem(profiles.PROFILES, "sample", changed)
     with pytest.raises(ArtifactError) as error:
         open_artifact(settings, reader)
     assert f"run {stage.notebook}" in str(error.value)
@@ -146,19 +146,19 @@ def test_every_upstream_fault_stops_the_reader(settings, stage, fault, monkeypat
 def test_an_edited_setting_far_upstream_stops_the_last_stage(settings, monkeypatch):
     """Without the walk up the inputs, fine-tuning would accept a model whose corpus settings have changed."""
     write_chain(settings)
-    monkeypatch.setitem(config.PROFILES, "sample", config.settings_for("sample", {"corpus.vocab_size": 1500}))
+    monkeypatch.setitem(profiles.PROFILES, "sample", profiles.settings_for("sample", {"corpus.vocab_size": 1500}))
     with pytest.raises(ArtifactError, match=r"corpus.vocab_size was \d+, is 1500\): run prepare_unsupervised"):
         open_artifact(settings, "text_to_text")
 
 
 def test_overrides_of_an_upstream_run_are_remembered(settings):
     """Without it, a notebook opened by hand would call every artifact of a run with options stale."""
-    with write_artifact(config.settings_for("sample", {"corpus.max_documents": 50}), "tokenizer") as folder:
+    with write_artifact(profiles.settings_for("sample", {"corpus.max_documents": 50}), "tokenizer") as folder:
         (folder / "data.txt").write_text("words")
     open_artifact(settings, "tokenizer")
     assert "max_documents was 50, is None" in stale_reason(settings, "tokenizer", exact=True)
     with pytest.raises(ArtifactError, match="max_documents was 50, is 60"):
-        open_artifact(config.settings_for("sample", {"corpus.max_documents": 60}), "tokenizer")
+        open_artifact(profiles.settings_for("sample", {"corpus.max_documents": 60}), "tokenizer")
 
 
 def test_changed_code_only_warns(settings, monkeypatch):

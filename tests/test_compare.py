@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import T5Config
 
 from src import compare, cross_validation
-from src.config import settings_for
 from src.evaluation import evaluate_predictions, predictions_frame
 from src.modeling_t5 import T5ForConditionalGeneration
+from src.profiles import settings_for
 from src.sample_data import sample_sentences
 from src.splits import SplitError
 from src.tokenizer import train_tokenizer

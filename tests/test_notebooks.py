@@ -13,10 +13,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from src import config, pipeline
+from src import pipeline, profiles, stages
 
 ROOT = Path(__file__).parent.parent
-STAGES = config.STAGES
+STAGES = stages.STAGES
 BY_NAME = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.notebook.removesuffix(".ipynb"))
 
 
@@ -124,9 +124,9 @@ def test_a_damaged_input_stops_the_notebook_itself(sample_run, stage, fault, tmp
     shutil.copytree(folder / "sample", tmp_path / "sample")
     monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path))
     damaged = tmp_path / "sample" / stage.inputs[-1]
-    settings = config.settings_for("sample")
+    settings = profiles.settings_for("sample")
     if fault == "edited setting":
-        settings = config.settings_for("sample", {f"{config.stage_of(damaged.name).sections[-1]}.seed": 12345})
+        settings = profiles.settings_for("sample", {f"{stages.stage_of(damaged.name).sections[-1]}.seed": 12345})
     else:
         victim = next(path for path in sorted(damaged.iterdir()) if path.is_file() and path.name != "manifest.json" and path.stat().st_size)
         data = bytearray(victim.read_bytes())
@@ -134,7 +134,7 @@ def test_a_damaged_input_stops_the_notebook_itself(sample_run, stage, fault, tmp
         victim.unlink() if fault == "missing file" else victim.write_bytes(data)
     with pytest.raises(pipeline.StageError) as error:
         pipeline.run_notebook(settings, stage, "test")
-    upstream = config.stage_of(damaged.name)
+    upstream = stages.stage_of(damaged.name)
     assert f"run {upstream.notebook}" in str(error.value)
     # An edited setting makes all that its stage wrote stale: the first that is opened is named.
     assert any(name in str(error.value) for name in (upstream.outputs if fault == "edited setting" else [damaged.name]))

@@ -15,11 +15,11 @@ from transformers import T5Config
 
 from src import finetuned_checkpoints, finetuning, predict
 from src.artifacts import ArtifactError, open_artifact, write_artifact
-from src.config import settings_for
 from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
 from src.labels import LABELS
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.predict import Classifier, PredictionError
+from src.profiles import settings_for
 from src.qlora import AdapterError
 from src.sample_data import sample_sentences
 from src.tokenizer import train_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from src import config, pretraining_dataset
+from src import pretraining_dataset, profiles
 from src.artifacts import open_artifact, write_artifact
 from src.config import CorpusSettings
 from src.pretraining_dataset import ArrayFile, PretrainingDatasetError, collect_documents, write_pretraining_dataset
@@ -108,7 +108,7 @@ def test_a_corpus_too_small_stops_with_one_line_and_leaves_nothing(tmp_path, mon
         collect_documents(CorpusSettings(path=write_corpus(tmp_path / "a.jsonl", [article(np.random.default_rng(0), 30), "short"])))
     rng = np.random.default_rng(1)
     path = write_corpus(tmp_path / "b.jsonl", [article(rng, 40) for _ in range(5)])
-    settings = config.settings_for("sample", {"corpus.path": path})
+    settings = profiles.settings_for("sample", {"corpus.path": path})
     documents = collect_documents(settings.corpus)
     with pytest.raises(TokenizerError, match="too small for a vocabulary"), write_artifact(settings, "tokenizer") as folder:
         train_tokenizer(documents.sample("train", 10), folder, settings.corpus.vocab_size)
@@ -118,7 +118,7 @@ def test_a_corpus_too_small_stops_with_one_line_and_leaves_nothing(tmp_path, mon
 def test_artifacts_record_what_they_were_made_from(corpus, tmp_path, monkeypatch):
     """Breaks when the dataset does not know its tokenizer, so that a new tokenizer would be paired with old ids."""
     monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path / "artifacts"))
-    settings = config.settings_for("sample", {"corpus.path": corpus.path, "corpus.vocab_size": 300})
+    settings = profiles.settings_for("sample", {"corpus.path": corpus.path, "corpus.vocab_size": 300})
     documents = collect_documents(settings.corpus)
     with write_artifact(settings, "tokenizer") as folder:
         train_tokenizer(documents.sample("train", 100), folder, 300)

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from src.config import PROFILES, STAGES, SettingsError, settings_for, stage_of
+from src.config import SettingsError
 from src.labels import LABELS, TWITTER_LABEL_MAP, YAHOO_LABEL_MAP, LabelError, label_id, parse_label_map
+from src.profiles import PROFILES, settings_for
+from src.stages import STAGES, stage_of
 
 
 def test_overrides_replace_fields_and_leave_the_profile_alone():
