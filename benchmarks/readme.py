@@ -1,6 +1,7 @@
 """Copy the numbers under `results/` into the README: `python -m benchmarks.readme` (`--check` only compares).
 
-A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`.
+A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, of comparisons of
+models, it becomes one with a row a name.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 from src.evaluation import COSTS
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
 OVERLAP_COLUMNS = {"accuracy": "accuracy without overlap", "macro_f1": "macro-F1 without overlap"}
 
@@ -22,7 +23,8 @@ def number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(number(part) for part in value)
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+        size = abs(value)
+        return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 1 else f"{value:.3f}" if size >= 0.1 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -59,9 +61,24 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def table(name: str) -> str:
-    """The Markdown table of one results file."""
-    record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One row a comparison, one column a model that all of them have, best first: accuracy / macro-F1."""
+    scores = {name: {model["name"]: model for model in record["models"]} for name, record in records.items()}
+    shared = [name for name in next(iter(scores.values())) if all(name in models for models in scores.values())]
+    shared.sort(key=lambda name: -sum(models[name]["macro_f1"] for models in scores.values()))
+    lines = ["| accuracy / macro-F1 | " + " | ".join(shared) + " |", "|---|" + "---:|" * len(shared)]
+    for name, models in scores.items():
+        cells = (f"{number(models[model]['accuracy'])} / {number(models[model]['macro_f1'])}" for model in shared)
+        lines.append(f"| {words(name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(names: str) -> str:
+    """The Markdown table of one results file, or of several comparisons."""
+    records = {name: json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in names.split()}
+    if len(records) > 1:
+        return "\n".join([*comparisons_table(records), ""])
+    (record,) = records.values()
     result = record.get("result", record)
     lines = models_table(result["models"]) if "models" in result else scalars_table(result) + cases_table(result)
     return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])

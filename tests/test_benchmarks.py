@@ -41,10 +41,25 @@ def test_results_become_tables(tmp_path, monkeypatch):
     models = [line for line in page.splitlines() if line.startswith(("| model", "| svm", "| head"))]
     assert models == [
         "| model | accuracy | 95 % | macro-F1 | accuracy without overlap | parameters, M | training, s |",
-        "| head | 0.875 | 0.5 to 1.00 | 0.8 |  | 15.12 | 12.50 |",
-        "| svm | 0.75 | 0.5 to 1.00 | 0.7 | 0.625 |  |  |",
+        "| head | 0.875 | 0.500 to 1.00 | 0.800 |  | 15.12 | 12.50 |",
+        "| svm | 0.750 | 0.500 to 1.00 | 0.700 | 0.625 |  |  |",
     ]
     assert readme.render(page) == page
+
+
+def test_comparisons_share_a_table(tmp_path, monkeypatch):
+    """A model that one of them lacks would leave its figures under another's name."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, scores in {"tweets": {"svm": 0.7, "lora": 0.9, "head": 0.75}, "news": {"head": 0.5, "svm": 0.25}}.items():
+        models = [{"name": model, "accuracy": 0.625, "macro_f1": score} for model, score in scores.items()]
+        (tmp_path / f"results/{name}.json").write_text(json.dumps({"models": models}))
+    assert readme.render("<!-- results tweets news -->\n<!-- end -->").splitlines()[1:-1] == [
+        "| accuracy / macro-F1 | head | svm |",
+        "|---|---:|---:|",
+        "| tweets | 0.625 / 0.750 | 0.625 / 0.700 |",
+        "| news | 0.625 / 0.500 | 0.625 / 0.250 |",
+    ]
 
 
 def test_no_result_file_names_a_folder_of_the_machine_it_ran_on():
