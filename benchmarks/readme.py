@@ -1,7 +1,7 @@
 """Copy the numbers under `results/` into the README: `python -m benchmarks.readme` (`--check` only compares).
 
 A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, of comparisons of
-models, it becomes one with a row a name.
+models, it becomes one with a column a name.
 """
 
 import json
@@ -62,15 +62,24 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
 
 
 def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One row a comparison, one column a model that all of them have, best first: accuracy / macro-F1."""
-    scores = {name: {model["name"]: model for model in record["models"]} for name, record in records.items()}
-    shared = [name for name in next(iter(scores.values())) if all(name in models for models in scores.values())]
-    shared.sort(key=lambda name: -sum(models[name]["macro_f1"] for models in scores.values()))
-    lines = ["| accuracy / macro-F1 | " + " | ".join(shared) + " |", "|---|" + "---:|" * len(shared)]
-    for name, models in scores.items():
-        cells = (f"{number(models[model]['accuracy'])} / {number(models[model]['macro_f1'])}" for model in shared)
-        lines.append(f"| {words(name)} | " + " | ".join(cells) + " |")
-    return lines
+    """One column a comparison: scores of the models that all of them have, best first, and the paired differences between those."""
+    scores = [{model["name"]: model for model in record["models"]} for record in records.values()]
+    shared = [name for name in scores[0] if all(name in models for models in scores)]
+    shared.sort(key=lambda name: -sum(models[name]["macro_f1"] for models in scores))
+    paired = [{(pair["first"], pair["second"]): pair for pair in record["comparisons"]} for record in records.values()]
+    pairs = [(first, second) for first in shared for second in shared if all((first, second) in found for found in paired)]
+    rows = [[name, *(f"{number(models[name]['accuracy'])} / {number(models[name]['macro_f1'])}" for models in scores)] for name in shared]
+    differences = [[f"{first} over {second}", *(difference(found[first, second]) for found in paired)] for first, second in pairs]
+    lines = []
+    for title, cells in (("accuracy / macro-F1", rows), ("difference of accuracy, 95 %", differences)):
+        lines += ["", f"| {title} | {' | '.join(map(words, records))} |", "|---|" + "---:|" * len(records)]
+        lines += [f"| {' | '.join(row)} |" for row in cells]
+    return lines[1:]
+
+
+def difference(pair: Mapping[str, Any]) -> str:
+    low, high = pair["accuracy_difference_ci95"]
+    return f"{pair['accuracy_difference']:+.3f}, {low:+.3f} to {high:+.3f}"
 
 
 def table(names: str) -> str:

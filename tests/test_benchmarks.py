@@ -51,14 +51,20 @@ def test_comparisons_share_a_table(tmp_path, monkeypatch):
     """A model that one of them lacks would leave its figures under another's name."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
+    pair = {"first": "head", "second": "svm", "accuracy_difference": 0.0625, "accuracy_difference_ci95": [-0.01, 0.125]}
     for name, scores in {"tweets": {"svm": 0.7, "lora": 0.9, "head": 0.75}, "news": {"head": 0.5, "svm": 0.25}}.items():
         models = [{"name": model, "accuracy": 0.625, "macro_f1": score} for model, score in scores.items()]
-        (tmp_path / f"results/{name}.json").write_text(json.dumps({"models": models}))
+        others = [pair | {"first": model} for model in scores if model != "svm"]
+        (tmp_path / f"results/{name}.json").write_text(json.dumps({"models": models, "comparisons": others}))
     assert readme.render("<!-- results tweets news -->\n<!-- end -->").splitlines()[1:-1] == [
-        "| accuracy / macro-F1 | head | svm |",
+        "| accuracy / macro-F1 | tweets | news |",
         "|---|---:|---:|",
-        "| tweets | 0.625 / 0.750 | 0.625 / 0.700 |",
-        "| news | 0.625 / 0.500 | 0.625 / 0.250 |",
+        "| head | 0.625 / 0.750 | 0.625 / 0.500 |",
+        "| svm | 0.625 / 0.700 | 0.625 / 0.250 |",
+        "",
+        "| difference of accuracy, 95 % | tweets | news |",
+        "|---|---:|---:|",
+        "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
     ]
 
 
