@@ -16,6 +16,8 @@ import transformers
 from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.device import DEVICE, synchronize
+from src.environment import device_name
 from src.kv_cache import CACHE_KINDS
 from src.modeling_t5 import T5ForConditionalGeneration
 
@@ -33,21 +35,23 @@ def build(config: T5Config, dtype: torch.dtype, model_class: type = T5ForConditi
         other = model_class(config).eval()
         other.load_state_dict(model.state_dict())
         model = other
-    return model.to(dtype)
+    return model.to(DEVICE, dtype)
 
 
 @torch.no_grad()
 def decode(model, kind: str, encoder_states: torch.Tensor, target: int) -> tuple[float, int]:
     """Greedy steps without early stop: (seconds, bytes of the cache at the end)."""
     is_stock = kind == "stock"
+    synchronize()
     started = time.perf_counter()
     cache = None if is_stock else model.new_cache(kind, target)
-    ids = torch.zeros(len(encoder_states), 1, dtype=torch.long)
+    ids = torch.zeros(len(encoder_states), 1, dtype=torch.long, device=DEVICE)
     for _ in range(target):
         outputs = BaseModelOutput(last_hidden_state=encoder_states)
         step = model(decoder_input_ids=ids, encoder_outputs=outputs, past_key_values=cache, use_cache=True)
         cache = step.past_key_values
         ids = step.logits[:, -1:].argmax(-1)
+    synchronize()
     seconds = time.perf_counter() - started
     return seconds, stock_bytes(cache) if is_stock else cache.num_bytes()
 
@@ -61,7 +65,7 @@ def time_case(models: dict, kinds: tuple[str, ...], source: int, target: int, ba
     """Tokens/s and bytes of every kind, in alternating rounds; a case stops when `longest` seconds are spent."""
     config, dtype = models["ours"].config, models["ours"].dtype
     generator = torch.Generator().manual_seed(source + target)
-    ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator)
+    ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator).to(DEVICE)
     with torch.no_grad():
         states = torch.cat([models["ours"].encoder(part).last_hidden_state for part in ids.split(8)]).to(dtype)
         models["ours"].calibrate_key_cache(ids)
@@ -85,8 +89,8 @@ def time_case(models: dict, kinds: tuple[str, ...], source: int, target: int, ba
 def logit_errors(config: T5Config, kinds: tuple[str, ...], source: int, target: int, batch: int) -> dict[str, dict[str, float]]:
     """Largest error of a logit against float64 weights and arithmetic, teacher-forced, by dtype and kind."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator)
-    forced = torch.randint(2, config.vocab_size, (batch, target), generator=generator)
+    ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator).to(DEVICE)
+    forced = torch.randint(2, config.vocab_size, (batch, target), generator=generator).to(DEVICE)
     errors: dict[str, dict[str, float]] = {}
     for name, dtype in DTYPES.items():
         model = build(config, dtype)
@@ -139,7 +143,7 @@ def main() -> None:
             )
     errors = logit_errors(config, tuple(options.kinds), 512, 114, 2)
     print(f"largest logit error: {errors}")
-    print(json.dumps({**headline(cases, errors), "logit_errors": errors, "cases": cases}))
+    print(json.dumps({**headline(cases, errors), "device": device_name(), "logit_errors": errors, "cases": cases}))
 
 
 def headline(cases: list[dict], errors: dict) -> dict[str, float]:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from transformers import T5Config
 
+from benchmarks.device import DEVICE, on_device, synchronize
 from src.collators import ClassificationBatches, encode
 from src.config import FinetuningSettings
+from src.environment import device_name
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
 from src.inference import autocast
@@ -74,13 +76,15 @@ def batches_of(way: str, inputs: list[np.ndarray], labels: np.ndarray, sentences
 def seconds_of(model: torch.nn.Module, settings: FinetuningSettings, batches: list[Batch]) -> float:
     """Wall seconds of one pass of training over the batches, an optimizer step each."""
     optimizer = build_optimizer(model, settings)
+    synchronize()
     started = time.perf_counter()
     for batch in batches:
         with autocast(model, settings):
-            loss = model(**batch).loss
+            loss = model(**on_device(batch)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -99,7 +103,7 @@ def build(arguments: argparse.Namespace, texts: list[str]) -> tuple[torch.nn.Mod
             T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **widths)).save_pretrained(base)
         tokenizer = load_tokenizer(base)
         model = prepare_model("classification", base, chosen) if arguments.method != "full" else load_base("classification", base, chosen)
-    return model.train(), tokenizer, chosen
+    return model.to(DEVICE).train(), tokenizer, chosen
 
 
 def main() -> None:
@@ -142,7 +146,7 @@ def main() -> None:
     ratios = {f"speed_ratio_{way}": round(median["packed"] / median[way], 3) for way in ("pad512", "bucketed", "sorted")}
     report = {**ratios, "real_token_fraction": round(epoch.packing.input_efficiency, 4), "sentences_per_s": round(median["packed"], 1)}
     report |= {"labelled": Path(arguments.labelled).name, "profile": arguments.profile, "method": arguments.method}
-    print(json.dumps(report | {"row_length": settings.inputs_length, "threads": torch.get_num_threads(), "rounds": arguments.rounds}))
+    print(json.dumps(report | {"row_length": settings.inputs_length, "device": device_name(), "rounds": arguments.rounds}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import transformers
 
+from benchmarks.device import DEVICE, on_device, synchronize
 from src import profiles
 from src.artifacts import open_artifact
 from src.collators import PretrainingBatches
@@ -56,6 +57,7 @@ class Contestant:
         while self.seconds < end:
             started = time.perf_counter()
             self.step(self.seconds / budget)
+            synchronize()
             self.seconds += time.perf_counter() - started
 
     def step(self, progress: float) -> None:
@@ -71,7 +73,7 @@ class Contestant:
         for start in range(self.row, self.row + rows, self.settings.rows_per_micro_batch):
             batch = self.epoch.batch(start, start + self.settings.rows_per_micro_batch)
             self.tokens += sum(int((batch[key] > 0).sum()) for key in ("encoder_segment_ids", "decoder_segment_ids"))
-            self.backward(batch, labels)
+            self.backward(on_device(batch), labels)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,7 +91,7 @@ class Contestant:
 
 def autocast() -> torch.autocast:
     dtype = AUTOCAST.get(best_precision())
-    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(DEVICE.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCorruptionEvaluation) -> None:
@@ -116,6 +118,7 @@ def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Conte
     ours = new_model(paper, tokenizer, default.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
+    model.to(DEVICE), stock.to(DEVICE)
     if default.compile:
         compile_blocks(model)
     started = time.perf_counter()
@@ -154,7 +157,7 @@ def main() -> None:
     both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))
     validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining, rows=16)
     evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
-    judges = {each.name: T5ForConditionalGeneration(each.model.config) for each in both}
+    judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}
     budget = options.minutes * 60
     while any(each.seconds < budget for each in both):
         for each in both:

@@ -22,12 +22,11 @@ import torch
 import transformers
 from transformers import T5Config
 
+from benchmarks.device import DEVICE, ON_GPU, on_device, synchronize
 from src.compilation import compile_blocks
 from src.environment import device_name, keep_freed_memory
 from src.modeling_t5 import T5ForConditionalGeneration
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
 SOURCE, TARGET = 512, 114
 OURS = ("ours", "ours+compile")
@@ -36,12 +35,11 @@ STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile")
 
 def seconds_of(work: Callable[..., object], *arguments: object) -> float:
     """Seconds of one call, the mean of `CALLS`, until the device has finished."""
-    backend = torch.cuda if ON_GPU else torch.cpu
-    backend.synchronize()
+    synchronize()
     started = time.perf_counter()
     for _ in range(CALLS):
         work(*arguments)
-    backend.synchronize()
+    synchronize()
     return (time.perf_counter() - started) / CALLS
 
 
@@ -79,7 +77,7 @@ class Step:
         batch = {name: torch.randint(2, options.vocab_size, shape, generator=generator) for name, shape in shapes.items()}
         if ON_GPU and kind in OURS:  # one segment a row, as in a full window of pre-training: what our GPU kernel asks for
             batch["encoder_segment_ids"], batch["decoder_segment_ids"] = (torch.ones_like(ids) for ids in tuple(batch.values()))
-        self.batch = {name: values.to(DEVICE) for name, values in batch.items()}
+        self.batch = on_device(batch)
 
     def __call__(self) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
