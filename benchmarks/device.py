@@ -1,7 +1,5 @@
 """The device that benchmarks run on: a GPU where there is one."""
 
-from collections.abc import Mapping
-
 import torch
 
 ON_GPU = torch.cuda.is_available()
@@ -11,7 +9,3 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 def synchronize() -> None:
     """Wait until the device has done what it was given."""
     (torch.cuda if ON_GPU else torch.cpu).synchronize()
-
-
-def on_device(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: values.to(DEVICE) for name, values in batch.items()}

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from transformers import T5Config
 
-from benchmarks.device import DEVICE, on_device, synchronize
+from benchmarks.device import DEVICE, synchronize
 from src.collators import ClassificationBatches, encode
 from src.config import FinetuningSettings
 from src.environment import device_name
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
-from src.inference import autocast
+from src.inference import autocast, to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer
 from src.profiles import settings_for
@@ -80,7 +80,7 @@ def seconds_of(model: torch.nn.Module, settings: FinetuningSettings, batches: li
     started = time.perf_counter()
     for batch in batches:
         with autocast(model, settings):
-            loss = model(**on_device(batch)).loss
+            loss = model(**to_device(batch, model)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 import transformers
 
-from benchmarks.device import DEVICE, on_device, synchronize
+from benchmarks.device import DEVICE, synchronize
 from src import profiles
 from src.artifacts import open_artifact
 from src.collators import PretrainingBatches
 from src.compilation import compile_blocks
 from src.config import PretrainingSettings
 from src.environment import best_precision, keep_freed_memory
+from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
@@ -73,7 +74,7 @@ class Contestant:
         for start in range(self.row, self.row + rows, self.settings.rows_per_micro_batch):
             batch = self.epoch.batch(start, start + self.settings.rows_per_micro_batch)
             self.tokens += sum(int((batch[key] > 0).sum()) for key in ("encoder_segment_ids", "decoder_segment_ids"))
-            self.backward(on_device(batch), labels)
+            self.backward(to_device(batch, self.model), labels)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +119,8 @@ def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Conte
     ours = new_model(paper, tokenizer, default.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
-    model.to(DEVICE), stock.to(DEVICE)
+    for each in (model, stock):
+        each.to(DEVICE)
     if default.compile:
         compile_blocks(model)
     started = time.perf_counter()

@@ -22,9 +22,10 @@ import torch
 import transformers
 from transformers import T5Config
 
-from benchmarks.device import DEVICE, ON_GPU, on_device, synchronize
+from benchmarks.device import DEVICE, ON_GPU, synchronize
 from src.compilation import compile_blocks
 from src.environment import device_name, keep_freed_memory
+from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 
 CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
@@ -77,7 +78,7 @@ class Step:
         batch = {name: torch.randint(2, options.vocab_size, shape, generator=generator) for name, shape in shapes.items()}
         if ON_GPU and kind in OURS:  # one segment a row, as in a full window of pre-training: what our GPU kernel asks for
             batch["encoder_segment_ids"], batch["decoder_segment_ids"] = (torch.ones_like(ids) for ids in tuple(batch.values()))
-        self.batch = on_device(batch)
+        self.batch = to_device(batch, self.model)
 
     def __call__(self) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
