@@ -36,20 +36,13 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 def compile_blocks(model: nn.Module) -> list[T5Block]:
     """Let each T5 block of the model run compiled from its next call on; returns those blocks, none where no compiler is found."""
-    blocks = blocks_of(model)
+    blocks = [module for module in model.modules() if isinstance(module, T5Block)]
     if blocks and not can_compile(next(model.parameters()).device):
         print("no compiler found (C++ on a CPU, Triton on a GPU): training goes on uncompiled, about a tenth slower")
         return []
     for block in blocks:
         block.compile(dynamic=True)
     return blocks
-
-
-def blocks_of(model: nn.Module) -> list[T5Block]:
-    """The blocks that gain: on a CPU none with dropout, whose random numbers the compiler makes more slowly than `src.dropout`."""
-    blocks = [module for module in model.modules() if isinstance(module, T5Block)]
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return [block for block in blocks if not (on_cpu and block.layer[0].dropout_rate)]
 
 
 def uncompiled() -> torch.compiler.set_stance:

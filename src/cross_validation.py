@@ -26,6 +26,7 @@ from src.splits import grouped_stratified_folds, grouped_stratified_split
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
 
 VALIDATION_ROWS, VALIDATION_FRACTIONS = 60, (0.1, 0.3)  # of a fold's labels: chooses the weights and the temperature
+MOST_EPOCHS = 50  # that a share of the labels is read: fewer labels more often, or training would end before its warm-up does
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,9 @@ class Runner:
         contestant = CONTESTANTS[job.model]
         settings = replace(self.settings[contestant.task], seed=job.seed)
         settings = settings.for_random_start() if contestant.random_init else settings.with_method(contestant.method)
+        if job.fraction < 1 and settings.max_epochs:
+            epochs = min(settings.max_epochs / job.fraction, max(settings.max_epochs, MOST_EPOCHS))
+            settings = replace(settings, max_epochs=epochs)
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:

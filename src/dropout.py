@@ -2,8 +2,11 @@
 
 The framework's Bernoulli samples and boolean masks were a quarter of a training step. Here an element is dropped by comparing 16
 random bits with a threshold and clearing its bits, all in vectorised 16-bit integer arithmetic; the rate is exact to 1/65536. It
-works on 16-bit floats on a CPU; other dtypes and devices use the framework's dropout.
+works on 16-bit floats on a CPU, and under a compiler there on any; other dtypes and devices use the framework's dropout.
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,19 +17,58 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def is_fast(states: Tensor) -> bool:
-    """Whether `keep_bits` applies to this tensor; a compiler cannot look into it, and brings random numbers of its own."""
+    """Whether `keep_bits` can clear elements of this tensor in place of the framework's dropout."""
     return not torch.compiler.is_compiling() and states.device.type == "cpu" and states.dtype in SIXTEEN_BIT
 
 
-def keep_bits(shape: torch.Size | tuple[int, ...], rate: float) -> Tensor:
-    """int16 tensor, 0 with probability `rate` and all ones (-1) otherwise, to be combined bitwise with a 16-bit float.
+def random_seed() -> Tensor:
+    return torch.randint(2**62, ())
 
-    The bits come from a generator seeded by torch's global one, so `torch.manual_seed` decides them.
+
+def drop_bits(shape: Sequence[int], rate: float, seed: Tensor | None = None) -> Tensor:
+    """int16 tensor, 1 with probability `rate` and 0 otherwise.
+
+    The bits come from a generator seeded by `seed`, or by torch's global one, so `torch.manual_seed` decides them.
     """
-    count = torch.Size(shape).numel()
-    seed = int(torch.randint(2**62, ()))
-    words = torch.from_numpy(np.random.SFC64(seed).random_raw((count + 3) // 4).view(np.int16))
-    return words[:count].view(shape).ge_(round(rate * STEPS) - STEPS // 2).neg_()
+    count = math.prod(shape)
+    generator = np.random.SFC64(int(random_seed() if seed is None else seed))
+    words = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16))
+    return words[:count].view(shape).lt_(round(rate * STEPS) - STEPS // 2)
+
+
+def keep_bits(shape: Sequence[int], rate: float, seed: Tensor | None = None) -> Tensor:
+    """int16 tensor, 0 with probability `rate` and all ones (-1) otherwise, to be combined bitwise with a 16-bit float."""
+    return drop_bits(shape, rate, seed).sub_(1)
+
+
+# An operator of its own, because a compiler would make random numbers one at a time. The seed tells two masks of one shape apart.
+@torch.library.custom_op("market_news_t5::keep_mask", mutates_args=())
+def keep_mask(shape: Sequence[int], rate: float, seed: Tensor) -> Tensor:
+    """bfloat16 tensor on the CPU, 0 with probability `rate` and 1 otherwise."""
+    one = int(torch.ones((), dtype=torch.bfloat16).view(torch.int16))
+    return keep_bits(shape, rate, seed).bitwise_and_(one).view(torch.bfloat16)
+
+
+@keep_mask.register_fake
+def _(shape, rate, seed):
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+class _MaskedRelu(torch.autograd.Function):
+    """relu(x) x keep x scale for a compiler, with the backward pass of `_ReluDropout`."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, keep: Tensor, scale: float) -> Tensor:
+        result = (torch.relu(states) * keep * scale).to(states.dtype)
+        ctx.save_for_backward(result)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        # The scale where the result is positive, else 0; of a comparison the compiler would keep the outcome, and storing bools is slow.
+        passes = (ctx.saved_tensors[0] * 2.0**127).clamp(max=ctx.scale)
+        return gradient * passes, None, None
 
 
 class _Dropout(torch.autograd.Function):
@@ -71,11 +113,15 @@ def dropout(states: Tensor, rate: float, training: bool) -> Tensor:
     """Dropout (arXiv 1207.0580) with the fastest sampler for this dtype and device."""
     if not training or rate == 0:
         return states
+    if torch.compiler.is_compiling() and states.device.type == "cpu":
+        return (states * keep_mask(states.shape, rate, random_seed()) * (1 / (1 - rate))).to(states.dtype)
     return _Dropout.apply(states, rate) if is_fast(states) else nn.functional.dropout(states, rate)
 
 
 def relu_dropout(states: Tensor, rate: float, training: bool) -> Tensor:
     """Dropout of relu(states), overwriting `states` where that is faster."""
+    if training and rate > 0 and torch.compiler.is_compiling() and states.device.type == "cpu":
+        return _MaskedRelu.apply(states, keep_mask(states.shape, rate, random_seed()), 1 / (1 - rate))
     if training and rate > 0 and is_fast(states) and states.requires_grad:
         return _ReluDropout.apply(states, rate)
     return dropout(torch.relu_(states) if not states.is_leaf else torch.relu(states), rate, training)

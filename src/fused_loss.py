@@ -52,11 +52,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += _loss_and_gradient_(logits, labels[chunk], inner)
                 if needs_gradient:
                     d_states[chunk] = logits @ small  # `logits` now hold their gradient
-                    part = (logits.t() @ states[chunk]).to(weight.dtype)
-                    d_weight = part if d_weight is None else d_weight.add_(part)
+                    part = logits.t() @ states[chunk]
+                    d_weight = part if d_weight is None else at_least_float32(d_weight).add_(part)
         if needs_gradient:
             # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
-            ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight
+            ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
             ctx.share = share / inner if inner else 1.0
         return total * share
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from src.attention import SegmentError, SegmentMask, at_least_float32
 from src.fused_loss import IGNORED_LABEL, linear_cross_entropy
 from src.slim_generation import SlimGenerationMixin
+from src.t5_layers import compute_dtype
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
 
 
@@ -112,7 +113,7 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
         loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
         loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
-        self._set_sparse_embedding_gradient(loss_only)
+        head = self._head_weight(loss_only)
         encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
@@ -129,18 +130,23 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         ).last_hidden_state
         states = states * self.logit_scale
         if loss_only:
-            logits, loss = None, linear_cross_entropy(states, self.lm_head.weight, labels, num_items_in_batch)
+            logits, loss = None, linear_cross_entropy(states, head, labels, num_items_in_batch)
         else:
             logits = self.lm_head(states)  # (batch, target, vocab_size)
             loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
 
-    def _set_sparse_embedding_gradient(self, loss_only: bool) -> None:
-        """Let the few embedded rows add to the dense gradient of a tied head; alone, each lookup would fill a table of zeros."""
+    def _head_weight(self, loss_only: bool) -> Tensor:
+        """Weight of the head, for the fused loss in the bf16 that it computes in.
+
+        Where the head is tied, the few embedded rows add to its dense gradient; alone, each lookup would fill a table of zeros. Autograd
+        adds them in place only if the dense one comes last, and it ends with what was made first: this cast.
+        """
+        weight = self.lm_head.weight
         for stack in (self.encoder, self.decoder):
             if isinstance(stack.embed_tokens, nn.Embedding):
-                tied = stack.embed_tokens.weight is self.lm_head.weight
-                stack.embed_tokens.sparse = loss_only and tied and stack.embed_tokens.weight.device.type == "cpu"
+                stack.embed_tokens.sparse = loss_only and stack.embed_tokens.weight is weight and weight.device.type == "cpu"
+        return weight.to(torch.bfloat16) if loss_only and compute_dtype(weight) == torch.bfloat16 else weight
 
     def _encode(self, input_ids, attention_mask, segment_ids, encoder_outputs) -> Tensor:
         if encoder_outputs is not None:

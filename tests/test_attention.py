@@ -15,7 +15,7 @@ from src.attention import (
     segment_mask,
     split_heads,
 )
-from src.dropout import clear, dropout, keep_bits, relu_dropout
+from src.dropout import clear, drop_bits, dropout, keep_bits, relu_dropout
 from src.fast_attention import attention
 from src.norm import rms_norm
 
@@ -62,10 +62,11 @@ def inputs(rows: int, queries: int, keys: int, masked: bool, dtype=torch.float64
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "queries", "keys"), [(5, 7, 7), (3, 1, 9), (2, 40, 12)])
-def test_fast_attention_is_the_plain_one(monkeypatch, rows, queries, keys, masked):
-    """Breaks when chunks or the hand-written backward depart from the formula: float64 leaves no room for noise."""
-    monkeypatch.setattr("src.fast_attention.CHUNK_SCORES", 2 * HEADS * queries * keys)  # two rows a chunk, the last one short
+@pytest.mark.parametrize(("rows", "queries", "keys", "at_once"), [(5, 7, 7, 2), (3, 1, 9, 3), (2, 40, 12, 4)])
+def test_fast_attention_is_the_plain_one(monkeypatch, rows, queries, keys, at_once, masked):
+    """Breaks when chunks (some rows of a head, a head, two heads) or the hand-written backward depart from the formula: float64 leaves no
+    room for noise."""
+    monkeypatch.setattr("src.fast_attention.CHUNK_SCORES", at_once * queries * keys)
     tensors, mask = inputs(rows, queries, keys, masked)
     found = attention(*tensors, mask, HEADS)
     expected = merge_heads(plain_attention(*(split_heads(t, HEADS) for t in tensors[:3]), tensors[3], mask))
@@ -79,13 +80,13 @@ def test_attention_dropout_has_the_gradient_of_what_it_dropped(monkeypatch):
     """Breaks when backward reads the mask from the sign wrongly: the same mask, applied plainly, must give the same gradients."""
     rate, rows, length = 0.3, 2, 6
     tensors, mask = inputs(rows, length, length, True, torch.bfloat16)
-    keep = keep_bits((rows * HEADS, length, length), rate)
-    monkeypatch.setattr("src.fast_attention.keep_bits", lambda shape, rate: keep.view(shape))
+    drop = drop_bits((HEADS, rows, length, length), rate)
+    monkeypatch.setattr("src.fast_attention.drop_bits", lambda shape, rate: drop.clone().view(shape))
     found = attention(*tensors, mask, HEADS, rate)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     q, k, v = (split_heads(t, HEADS) for t in exact[:3])
     weights = torch.softmax(q @ k.mT + exact[3] + mask.double().clamp(min=-1e30), dim=-1)
-    expected = merge_heads((weights * -keep.view(weights.shape).double() / (1 - rate)) @ v)
+    expected = merge_heads((weights * (1 - drop.transpose(0, 1).double()) / (1 - rate)) @ v)
     assert (found - expected).abs().max() < 0.05
     for fast, plain in zip(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), exact), strict=True):
         assert (fast - plain).norm() < 0.02 * plain.norm() + 1e-3

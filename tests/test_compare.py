@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -152,6 +153,14 @@ def test_label_efficiency_curve(run, tmp_path):
     assert all(point["low"] <= point["macro_f1"] <= point["high"] for point in report["fractions"])
     assert report["fractions"][1]["macro_f1"] == report["models"][0]["macro_f1"]
     assert (tmp_path / "curve_label_efficiency.png").exists()
+
+
+def test_few_labels_are_read_more_often():
+    """Five passes over two per cent of the labels end within the warm-up: the curve would compare untrained models."""
+    settings = settings_for("mini")
+    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation, "", 0)
+    jobs = [cross_validation.Job("pretrained_head", 0, 0, fraction=fraction) for fraction in (1.0, 0.5, 0.02)]
+    assert [runner.settings_of(job).max_epochs for job in jobs] == [5, 10, 50]
 
 
 def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from transformers import T5Config
 
 from src.compilation import compiled_blocks, uncompiled
+from src.dropout import dropout, relu_dropout
 from src.modeling_t5 import T5ForConditionalGeneration
 
 
@@ -38,6 +39,31 @@ def test_compiled_blocks_have_the_loss_and_gradients_of_the_blocks(feed_forward)
         with uncompiled():
             torch.testing.assert_close(loss_and_gradients(model, 3)[0], expected[3][0])
     assert all(block._compiled_call_impl is None for block in (*model.encoder.block, *model.decoder.block))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_dropout_drops_each_time_anew_and_passes_the_gradient_of_what_it_kept():
+    """Breaks when a compiler takes two masks of one shape for the same, or the hand-written backward departs from the forward."""
+
+    def three(states):
+        return dropout(states, 0.25, True), dropout(states, 0.25, True), relu_dropout(states, 0.25, True)
+
+    generator = torch.Generator().manual_seed(0)
+    states, *upstream = (torch.randn(100, 101, generator=generator).bfloat16() for _ in range(4))
+    compiled = torch.compile(three, dynamic=True)
+    torch.manual_seed(0)
+    results = compiled(states.requires_grad_())
+    expected = torch.zeros_like(states, dtype=torch.float32)
+    for result, values, gradient in zip(results, (states, states, states.relu()), upstream, strict=True):
+        kept = result != 0
+        assert kept[states > 0].double().mean() == pytest.approx(0.75, abs=0.03)
+        torch.testing.assert_close(result[kept], (values / 0.75)[kept], atol=0, rtol=0.01)
+        expected += kept * gradient / 0.75
+    assert not torch.equal(results[0] != 0, results[1] != 0)
+    (gradient,) = torch.autograd.grad(results, states, upstream)
+    torch.testing.assert_close(gradient.float(), expected, atol=0.02, rtol=0.02)
+    torch.manual_seed(0)
+    assert all(torch.equal(again, result) for again, result in zip(compiled(states), results, strict=True))
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
