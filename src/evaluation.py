@@ -194,7 +194,8 @@ def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int 
     for name in ("accuracy", "macro_f1"):
         differences = samples[0][name] - samples[1][name]
         result |= {f"{name}_difference": float(point[0][name] - point[1][name]), f"{name}_difference_ci95": interval(differences)}
-    tail = min((differences <= 0).mean(), (differences >= 0).mean())
+    # No p of zero: a resample is never further out than every one that was not drawn (Davison and Hinkley 1997, eq. 4.11).
+    tail = (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + resamples)
     right = [(frame["prediction"] == frame["label"]).to_numpy() for frame in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     disagreements = only_first + only_second
