@@ -66,7 +66,7 @@ def inputs(rows: int, queries: int, keys: int, masked: bool, dtype=torch.float64
 def test_fast_attention_is_the_plain_one(monkeypatch, rows, queries, keys, at_once, masked):
     """Breaks when chunks (some rows of a head, a head, two heads) or the hand-written backward depart from the formula: float64 leaves no
     room for noise."""
-    monkeypatch.setattr("src.fast_attention.CHUNK_SCORES", at_once * queries * keys)
+    monkeypatch.setattr("src.chunked_attention.CHUNK_SCORES", at_once * queries * keys)
     tensors, mask = inputs(rows, queries, keys, masked)
     found = attention(*tensors, mask, HEADS)
     expected = merge_heads(plain_attention(*(split_heads(t, HEADS) for t in tensors[:3]), tensors[3], mask))
@@ -81,7 +81,7 @@ def test_attention_dropout_has_the_gradient_of_what_it_dropped(monkeypatch):
     rate, rows, length = 0.3, 2, 6
     tensors, mask = inputs(rows, length, length, True, torch.bfloat16)
     drop = drop_bits((HEADS, rows, length, length), rate)
-    monkeypatch.setattr("src.fast_attention.drop_bits", lambda shape, rate: drop.clone().view(shape))
+    monkeypatch.setattr("src.chunked_attention.drop_bits", lambda shape, rate: drop.clone().view(shape))
     found = attention(*tensors, mask, HEADS, rate)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     q, k, v = (split_heads(t, HEADS) for t in exact[:3])
