@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.attention import merge_heads, split_heads
 from src.dropout import clear, drop_bits
 
 CHUNK_SCORES = 2 << 20  # scores that go through all steps at once: 4 MB in 16 bit
@@ -114,12 +115,12 @@ def _chunks(query: Tensor, key: Tensor, heads: int) -> list[Chunk]:
 
 def _by_head(states: Tensor, heads: int) -> Tensor:
     """(rows, length, heads x d_kv) to contiguous (heads, rows, length, d_kv)."""
-    return states.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).contiguous()
+    return split_heads(states, heads).transpose(0, 1).contiguous()
 
 
 def _by_row(states: Tensor) -> Tensor:
     """(heads, rows, length, d_kv) to contiguous (rows, length, heads x d_kv)."""
-    return states.permute(1, 2, 0, 3).flatten(2)
+    return merge_heads(states.transpose(0, 1))
 
 
 def _of_chunk(kept: Tensor, heads: int, part: Chunk) -> Tensor:

@@ -21,6 +21,11 @@ def is_fast(states: Tensor) -> bool:
     return not torch.compiler.is_compiling() and states.device.type == "cpu" and states.dtype in SIXTEEN_BIT
 
 
+def takes_mask(states: Tensor) -> bool:
+    """Whether a compiler is to multiply this tensor by `keep_mask`."""
+    return torch.compiler.is_compiling() and states.device.type == "cpu"
+
+
 def random_seed() -> Tensor:
     return torch.randint(2**62, ())
 
@@ -113,14 +118,14 @@ def dropout(states: Tensor, rate: float, training: bool) -> Tensor:
     """Dropout (arXiv 1207.0580) with the fastest sampler for this dtype and device."""
     if not training or rate == 0:
         return states
-    if torch.compiler.is_compiling() and states.device.type == "cpu":
+    if takes_mask(states):
         return (states * keep_mask(states.shape, rate, random_seed()) * (1 / (1 - rate))).to(states.dtype)
     return _Dropout.apply(states, rate) if is_fast(states) else nn.functional.dropout(states, rate)
 
 
 def relu_dropout(states: Tensor, rate: float, training: bool) -> Tensor:
     """Dropout of relu(states), overwriting `states` where that is faster."""
-    if training and rate > 0 and torch.compiler.is_compiling() and states.device.type == "cpu":
+    if training and rate > 0 and takes_mask(states):
         return _MaskedRelu.apply(states, keep_mask(states.shape, rate, random_seed()), 1 / (1 - rate))
     if training and rate > 0 and is_fast(states) and states.requires_grad:
         return _ReluDropout.apply(states, rate)

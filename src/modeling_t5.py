@@ -113,7 +113,7 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
         loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
         loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
-        head = self._head_weight(loss_only)
+        head = self._prepare_head(loss_only)
         encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
@@ -136,8 +136,8 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
             loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
 
-    def _head_weight(self, loss_only: bool) -> Tensor:
-        """Weight of the head, for the fused loss in the bf16 that it computes in.
+    def _prepare_head(self, loss_only: bool) -> Tensor:
+        """Choose the layout of the embeddings' gradients, and give the head's weight, for the fused loss in the bf16 that it computes in.
 
         Where the head is tied, the few embedded rows add to its dense gradient; alone, each lookup would fill a table of zeros. Autograd
         adds them in place only if the dense one comes last, and it ends with what was made first: this cast.
