@@ -1,4 +1,4 @@
-"""Copy the numbers under `results/` into the README: `python -m benchmarks.readme` (`--check` only compares).
+"""Copy the numbers under `results/` into the pages that show them: `python -m benchmarks.readme` (`--check` only compares).
 
 A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, of comparisons of
 models, it becomes one with a column a name.
@@ -14,6 +14,7 @@ from typing import Any
 from src.evaluation import COSTS
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- results ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
 OVERLAP_COLUMNS = {"accuracy": "accuracy without overlap", "macro_f1": "macro-F1 without overlap"}
@@ -93,19 +94,19 @@ def table(names: str) -> str:
     return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])
 
 
-def render(readme: str) -> str:
-    return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], readme)
+def render(page: str) -> str:
+    return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], page)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    stale = {name: new for name, old in pages.items() if (new := render(old)) != old}
     if "--check" in sys.argv:
-        if new != old:
-            print("README.md does not show what results/ holds: run python -m benchmarks.readme", file=sys.stderr)
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
+        for name in stale:
+            print(f"{name} does not show what results/ holds: run python -m benchmarks.readme", file=sys.stderr)
+        return int(bool(stale))
+    for name, new in stale.items():
+        (ROOT / name).write_text(new, encoding="utf-8")
     return 0
 
 

@@ -1,17 +1,20 @@
-"""Numbers in the README come from results/ by a command, and a benchmark's last line is what is kept."""
+"""Numbers on the pages come from results/ by a command, and a benchmark's last line is what is kept."""
 
 import json
 import re
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import readme
 from benchmarks.publish import make_command
 
 
-def test_the_readme_shows_what_results_hold():
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_pages_show_what_results_hold(page):
     """A figure typed by hand outlives the result it came from."""
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    text = (readme.ROOT / page).read_text(encoding="utf-8")
     assert readme.render(text) == text
 
 
