@@ -57,7 +57,7 @@ def batch(model_class):
     return {"input_ids": input_ids, "labels": labels}
 
 
-def train(model, data, steps=30, learning_rate=2e-2):
+def train(model, data, steps=30, learning_rate=5e-3):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     for _ in range(steps):
@@ -134,7 +134,7 @@ def test_training_learns_and_leaves_the_base_as_it_is(base_folder, changes):
     logits(model, data)
     losses = train(model.train(), data)
     logits(model, data)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.05 * losses[0]
     after = frozen_bytes(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
