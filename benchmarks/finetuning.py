@@ -1,6 +1,7 @@
 """Sentences per second of fine-tuning, packed against two ways of padding: `python -m benchmarks.finetuning [--labelled PATH]`.
 
-All three train the same classifier on the same sentences with the same optimizer, about as many sentences to a step:
+All three train the same classifier on the same sentences with the same optimizer and the memory allocator of our training loop, about
+as many sentences to a step:
 `packed` fills rows with best-fit packing and segment ids; `pad512` pads every sentence to 512 tokens; `bucketed` groups sentences by
 length and pads each to the end of its bucket (8, 16, 32, 64, ... tokens). `sorted`, padding each batch of sentences sorted by length
 to its longest, is the best that padding can do and needs the whole epoch in order of length. They take turns; the median of the rounds
@@ -23,7 +24,7 @@ from transformers import T5Config
 from benchmarks.device import DEVICE, synchronize
 from src.collators import ClassificationBatches, encode
 from src.config import FinetuningSettings
-from src.environment import device_name
+from src.environment import device_name, keep_freed_memory
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
 from src.inference import autocast, to_device
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=768, help="sentences of one round; padding to 512 gets a sixth of them")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    keep_freed_memory()
     frame = read_labelled(arguments.labelled, label_map=arguments.label_map, max_documents=arguments.sentences)
     texts, labels = frame["text"].tolist(), frame["label"].to_numpy(np.int64)
     model, tokenizer, settings = build(arguments, texts)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from src.attention import merge_heads, split_heads
-from src.dropout import clear, drop_bits
+from src.dropout import BITS, clear, drop_bits
 
 CHUNK_SCORES = 2 << 20  # scores that go through all steps at once: 4 MB in 16 bit
-SIGN_BIT = -(1 << 15)  # of a 16-bit float seen as an integer
 
 
 # Operators of their own, because a compiler that looked inside would unroll the chunks of every layer.
@@ -56,7 +55,7 @@ def chunked_attention_backward(
         torch.bmm(dropped.mT, d_output, out=d_v[part].flatten(0, 1))
         d_weights = torch.bmm(d_output, v[part].flatten(0, 1).mT)
         if rate:
-            d_weights.view(torch.int16).bitwise_and_(keep)
+            d_weights.view(keep.dtype).bitwise_and_(keep)
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         torch.bmm(d_scores, k[part].flatten(0, 1), out=d_q[part].flatten(0, 1))
         torch.bmm(d_scores.mT, q[part].flatten(0, 1), out=d_k[part].flatten(0, 1))
@@ -150,13 +149,14 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None) -> T
 
 def _drop_(weights: Tensor, rate: float) -> Tensor:
     """The weights with zeros where dropped; there, `weights` themselves change their sign."""
-    drop = drop_bits(weights.shape, rate)
-    bits = weights.view(torch.int16)
-    bits.add_(drop, alpha=SIGN_BIT)
+    bits = weights.view(BITS[weights.dtype])
+    drop = drop_bits(weights.shape, rate).to(bits.dtype)
+    bits.add_(drop, alpha=torch.iinfo(bits.dtype).min)  # of a float seen as an integer, the sign bit alone
     return bits.bitwise_and(drop.sub_(1)).view(weights.dtype)
 
 
 def _undrop(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `_drop_` left: the weights without their sign, with zeros where dropped, and the bits that say where they were not."""
-    keep = (weights.view(torch.int16) >> 15).bitwise_not_()  # the shift copies the sign: all ones where dropped
+    bits = BITS[weights.dtype]
+    keep = (weights.view(bits) >> torch.iinfo(bits).bits - 1).bitwise_not_()  # the shift copies the sign: all ones where dropped
     return weights.abs(), clear(weights, keep), keep

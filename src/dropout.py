@@ -1,8 +1,8 @@
 """Dropout whose random numbers and masks cost little on a CPU.
 
 The framework's Bernoulli samples and boolean masks were a quarter of a training step. Here an element is dropped by comparing 16
-random bits with a threshold and clearing its bits, all in vectorised 16-bit integer arithmetic; the rate is exact to 1/65536. It
-works on 16-bit floats on a CPU, and under a compiler there on any; other dtypes and devices use the framework's dropout.
+random bits with a threshold and clearing its own, all in vectorised integer arithmetic; the rate is exact to 1/65536. It works on
+a CPU, for floats of 16 and 32 bits and under a compiler for any; other dtypes and devices use the framework's dropout.
 """
 
 import math
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 STEPS = 1 << 16  # values of 16 random bits
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}  # the integer as wide as a float
 
 
 def is_fast(states: Tensor) -> bool:
     """Whether `keep_bits` can clear elements of this tensor in place of the framework's dropout."""
-    return not torch.compiler.is_compiling() and states.device.type == "cpu" and states.dtype in SIXTEEN_BIT
+    return not torch.compiler.is_compiling() and states.device.type == "cpu" and states.dtype in BITS
 
 
 def takes_mask(states: Tensor) -> bool:
@@ -42,7 +43,7 @@ def drop_bits(shape: Sequence[int], rate: float, seed: Tensor | None = None) -> 
 
 
 def keep_bits(shape: Sequence[int], rate: float, seed: Tensor | None = None) -> Tensor:
-    """int16 tensor, 0 with probability `rate` and all ones (-1) otherwise, to be combined bitwise with a 16-bit float."""
+    """int16 tensor, 0 with probability `rate` and all ones (-1) otherwise; so are the wider integers it is cast to."""
     return drop_bits(shape, rate, seed).sub_(1)
 
 
@@ -99,7 +100,8 @@ class _ReluDropout(torch.autograd.Function):
         ctx.mark_dirty(states)
         ctx.scale = 1 / (1 - rate)
         states.relu_()
-        states.view(torch.int16).bitwise_and_(keep_bits(states.shape, rate))
+        bits = BITS[states.dtype]
+        states.view(bits).bitwise_and_(keep_bits(states.shape, rate).to(bits))
         states.mul_(ctx.scale)
         ctx.save_for_backward(states)
         return states
@@ -111,7 +113,8 @@ class _ReluDropout(torch.autograd.Function):
 
 def clear(states: Tensor, keep: Tensor) -> Tensor:
     """`states` with the elements cleared whose `keep` is 0."""
-    return states.contiguous().view(torch.int16).bitwise_and(keep).view(states.dtype)
+    bits = BITS[states.dtype]
+    return states.contiguous().view(bits).bitwise_and(keep.to(bits)).view(states.dtype)
 
 
 def dropout(states: Tensor, rate: float, training: bool) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from src.attention import SegmentMask, additive, merge_heads, plain_attention, split_heads
 from src.chunked_attention import chunked_attention
-from src.dropout import SIXTEEN_BIT
+from src.dropout import BITS, SIXTEEN_BIT
 
 HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -42,7 +42,7 @@ def attention(
     """
     if isinstance(mask, SegmentMask):
         return packed_attention(query, key, value, bias, *mask, heads, rate)[0]
-    if query.device.type == "cpu" and (rate == 0 or query.dtype in SIXTEEN_BIT):
+    if query.device.type == "cpu" and (rate == 0 or query.dtype in BITS):
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
         return chunked_attention(query, key, value, bias, mask, heads, rate, keep)[0]
     q, k, v = (split_heads(states, heads) for states in (query, key, value))
