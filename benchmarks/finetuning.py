@@ -24,7 +24,7 @@ from transformers import T5Config
 from benchmarks.device import DEVICE, synchronize
 from src.collators import ClassificationBatches, encode
 from src.config import FinetuningSettings
-from src.environment import device_name, keep_freed_memory
+from src.environment import best_precision, device_name, keep_freed_memory
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
 from src.inference import autocast, to_device
@@ -148,7 +148,8 @@ def main() -> None:
     ratios = {f"speed_ratio_{way}": round(median["packed"] / median[way], 3) for way in ("pad512", "bucketed", "sorted")}
     report = {**ratios, "real_token_fraction": round(epoch.packing.input_efficiency, 4), "sentences_per_s": round(median["packed"], 1)}
     report |= {"labelled": Path(arguments.labelled).name, "profile": arguments.profile, "method": arguments.method}
-    print(json.dumps(report | {"row_length": settings.inputs_length, "device": device_name(), "rounds": arguments.rounds}))
+    report |= {"row_length": settings.inputs_length, "precision": best_precision(), "device": device_name(), "rounds": arguments.rounds}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

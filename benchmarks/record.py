@@ -1,8 +1,10 @@
 """Run a benchmark and keep its last line under `results/`, with the command, the machine and the versions.
 
-python -m benchmarks.record decoding --cases headline      ->  results/decoding.json
+python -m benchmarks.record decoding --cases headline               ->  results/decoding.json
+python -m benchmarks.record --as finetuning_fp32 finetuning         ->  results/finetuning_fp32.json
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,10 +18,12 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        print("usage: python -m benchmarks.record NAME [arguments of that benchmark]", file=sys.stderr)
-        return 2
-    name, arguments = sys.argv[1], sys.argv[2:]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__.partition("\n")[0])
+    parser.add_argument("--as", dest="kept_as", help="name of the results file, where it is not the benchmark's")
+    parser.add_argument("name", help="of a benchmark")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of that benchmark")
+    options = parser.parse_args()
+    name, arguments = options.name, options.arguments
     process = subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}", *arguments], stdout=subprocess.PIPE, text=True)
     last = ""
     for line in process.stdout:
@@ -36,7 +40,7 @@ def main() -> int:
         "result": json.loads(last),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{options.kept_as or name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

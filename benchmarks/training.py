@@ -1,9 +1,10 @@
 """Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`, on a GPU where there is one.
 
-T5-small shapes, rows of 512 + 114 tokens, float32 weights under bf16 autocast, forward + backward + fused AdamW, dropout 0 and
-0.1. Ours (as written, and with compiled blocks) and the stock variants (eager, sdpa, each with and without `torch.compile`) take
-turns, each in its own process and all with the memory allocator of our training loop; the median of the rounds counts, and the fastest
-of ours is set against the fastest of stock. The matrix products of a step are timed alone beside them. The last line is one JSON object.
+T5-small shapes, rows of 512 + 114 tokens, float32 weights under bf16 autocast (with `--precision fp32` without it, for processors that
+have no bf16), forward + backward + fused AdamW, dropout 0 and 0.1. Ours (as written, and with compiled blocks) and the stock variants
+(eager, sdpa, each with and without `torch.compile`) take turns, each in its own process and all with the memory allocator of our
+training loop; the median of the rounds counts, and the fastest of ours is set against the fastest of stock. The matrix products of a
+step are timed alone beside them. The last line is one JSON object.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from src.modeling_t5 import T5ForConditionalGeneration
 
 CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
 SOURCE, TARGET = 512, 114
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OURS = ("ours", "ours+compile")
 STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile")
 
@@ -79,9 +81,10 @@ class Step:
         if ON_GPU and kind in OURS:  # one segment a row, as in a full window of pre-training: what our GPU kernel asks for
             batch["encoder_segment_ids"], batch["decoder_segment_ids"] = (torch.ones_like(ids) for ids in tuple(batch.values()))
         self.batch = to_device(batch, self.model)
+        self.dtype = DTYPES[options.precision]
 
     def __call__(self) -> None:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
@@ -108,11 +111,11 @@ def products(config: T5Config, rows: int) -> list[tuple[int, tuple, tuple]]:
     return [*linear, *scores, *context]
 
 
-def seconds_of_products(config: T5Config, rows: int) -> float:
+def seconds_of_products(config: T5Config, rows: int, dtype: torch.dtype) -> float:
     """Seconds that the products of one step need: each a b^T, and its two gradients."""
     total = 0.0
     for count, left, right in products(config, rows):
-        a, b = (torch.randn(shape, device=DEVICE).bfloat16() for shape in (left, right))
+        a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in (left, right))
         total += count * median_seconds(lambda a, b, out: (torch.matmul(a, b.mT, out=out), out @ b, out.mT @ a), a, b, a @ b.mT)
     return total
 
@@ -128,6 +131,7 @@ def utilisation(config: T5Config, rows: int, seconds: float, peer_seconds: float
 def start(kind: str, dropout: float, options: argparse.Namespace) -> subprocess.Popen:
     """A process that holds one kind and takes steps when asked, so that kinds share neither memory nor its peak."""
     values = {"serve": kind, "dropout": dropout, "rows": options.rows, "vocab-size": options.vocab_size, "threads": options.threads}
+    values |= {"precision": options.precision}
     command = [sys.executable, "-m", "benchmarks.training", *(f"--{name}={value}" for name, value in values.items())]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
@@ -186,7 +190,7 @@ def compare(dropout: float, options: argparse.Namespace) -> dict:
             for name, (spent, peak) in step_together(workers, (kind,)).items():
                 seconds[name].append(spent)
                 peaks[name] = peak
-        alone.append(seconds_of_products(config, options.rows))
+        alone.append(seconds_of_products(config, options.rows, DTYPES[options.precision]))
         print(f"dropout {dropout} round {turn}: " + "  ".join(f"{kind} {seconds[kind][-1]:.3g} s" for kind in workers), flush=True)
     for worker in workers.values():
         worker.communicate()  # ends what it reads, and so the process
@@ -204,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=64 if ON_GPU else 8)
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--stock", nargs="+", choices=STOCK, default=STOCK)
     parser.add_argument("--vocab-size", type=int, default=32128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -230,7 +235,8 @@ def main() -> None:
     }
     if ON_GPU:
         report |= utilisation(T5Config(vocab_size=options.vocab_size), options.rows, seconds, peer_seconds)
-    print(json.dumps(report | results | {"rows": options.rows, "threads": options.threads, "device": device_name()}))
+    setting = {"rows": options.rows, "threads": options.threads, "precision": options.precision, "device": device_name()}
+    print(json.dumps(report | results | setting))
 
 
 if __name__ == "__main__":

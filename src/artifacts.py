@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def write_artifact(
     }
     with atomic_folder(artifacts_folder(settings.profile) / name, manifest) as folder:
         yield folder
-        manifest |= {"counts": dict(counts or {}), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        manifest |= {"counts": dict(counts or {}), "created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:

@@ -30,7 +30,7 @@ def code_cells(stage):
 
 @BY_NAME
 def test_committed_notebook_was_run_on_the_sample(stage):
-    """A notebook committed unexecuted, out of order, with an error or with widgets shows a stranger nothing."""
+    """A notebook committed unexecuted, out of order, with an error or with widgets shows a stranger nothing; style sheets are dropped."""
     notebook = read(stage)
     nbformat.validate(notebook)
     cells = code_cells(stage)
@@ -39,6 +39,7 @@ def test_committed_notebook_was_run_on_the_sample(stage):
     assert "widgets" not in notebook.metadata
     text = (ROOT / stage.notebook).read_text(encoding="utf-8")
     assert "widget-view" not in text
+    assert "<style type=" not in text
     assert not re.search(r"/work/|/home/|/root/|/tmp/|site-packages", text)
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]

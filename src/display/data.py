@@ -16,11 +16,10 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
-from pandas.io.formats.style import Styler
 from transformers import PreTrainedTokenizerBase
 
 from src.cleaning import RULES
-from src.display.style import ACCENT, INK, LEFT, MUTED, finished, plain_axes
+from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
 from src.labels import LABELS
 
 LABEL_COLOURS = {"bearish": "#b42318", "neutral": "#8a97a3", "bullish": "#15803d"}
@@ -33,26 +32,26 @@ def shortened(text: str, characters: int) -> str:
     return text if len(text) <= characters else f"{text[: characters * 2 // 3]} […] {text[-(characters // 3) :]}"
 
 
-def table(frame: pd.DataFrame, caption: str | None = None, texts: Sequence[str] = (), decimals: int = 2) -> Styler:
+def table(frame: pd.DataFrame, caption: str | None = None, texts: Sequence[str] = (), decimals: int = 2) -> Table:
     """A frame as the notebooks show it: no index, texts wrapped and escaped, thousands separated."""
-    style = frame.style.hide(axis="index").set_table_styles(LEFT).format(escape="html", thousands=",", precision=decimals, na_rep="")
+    style = Table(frame).hide(axis="index").format(escape="html", thousands=",", precision=decimals, na_rep="")
     if texts:
         style = style.set_properties(subset=list(texts), **TEXT_STYLE)
     return style.set_caption(html.escape(caption)) if caption else style
 
 
-def with_bars(style: Styler, column: str) -> Styler:
+def with_bars(style: Table, column: str) -> Table:
     return style.bar(subset=[column], color="#f3c9b0", vmin=0, align="left")
 
 
-def counts_table(counts: Mapping[str, int], caption: str | None = None, unit: str = "documents") -> Styler:
+def counts_table(counts: Mapping[str, int], caption: str | None = None, unit: str = "documents") -> Table:
     """Counts at each step, in order, with their share of the first."""
     whole = max(next(iter(counts.values()), 0), 1)
     frame = pd.DataFrame({"step": counts.keys(), unit: counts.values(), "%": [100 * count / whole for count in counts.values()]})
     return with_bars(table(frame, caption, decimals=1), "%")
 
 
-def rules_table(rules: Mapping[str, Mapping[str, int]], documents: int, caption: str | None = None) -> Styler:
+def rules_table(rules: Mapping[str, Mapping[str, int]], documents: int, caption: str | None = None) -> Table:
     """What each cleaning rule changed: `{rule: {"texts": …, "characters": …}}`, as `report.json` holds it."""
     rows = [
         {
@@ -68,7 +67,7 @@ def rules_table(rules: Mapping[str, Mapping[str, int]], documents: int, caption:
     return with_bars(table(pd.DataFrame(rows, columns=columns), caption, decimals=1), "% of texts")
 
 
-def examples_table(rows: Iterable[Mapping[str, object]] | pd.DataFrame, caption: str | None = None, characters: int = 400) -> Styler:
+def examples_table(rows: Iterable[Mapping[str, object]] | pd.DataFrame, caption: str | None = None, characters: int = 400) -> Table:
     """Rows of examples; texts are shortened to `characters`."""
     frame = pd.DataFrame(rows).copy()
     texts = [column for column in frame if pd.api.types.is_string_dtype(frame[column])]
@@ -147,7 +146,7 @@ def class_balance(labels: Mapping[str, Iterable[int]], title: str = "") -> Figur
     return finished(figure)
 
 
-def frequency_table(counts: Mapping[str, int], unit: str, columns: int = 4, rows: int = 12, caption: str | None = None) -> Styler:
+def frequency_table(counts: Mapping[str, int], unit: str, columns: int = 4, rows: int = 12, caption: str | None = None) -> Table:
     """The most frequent entries, read down each column in turn."""
     ranked = Counter(counts).most_common(columns * rows)
     frame = pd.DataFrame(index=range(min(rows, len(ranked))))
@@ -158,14 +157,14 @@ def frequency_table(counts: Mapping[str, int], unit: str, columns: int = 4, rows
     return table(frame.fillna(""), caption)
 
 
-def frequent_words(texts: Iterable[str], shortest: int = 4, **options: object) -> Styler:
+def frequent_words(texts: Iterable[str], shortest: int = 4, **options: object) -> Table:
     """The most frequent words of at least `shortest` letters, lower-cased."""
     word = re.compile(rf"[^\W\d_]{{{shortest},}}")
     counts = Counter(chain.from_iterable(word.findall(text.lower()) for text in texts))
     return frequency_table(counts, "word", **options)
 
 
-def frequent_pieces(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, **options: object) -> Styler:
+def frequent_pieces(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, **options: object) -> Table:
     """The most frequent pieces of some token ids (integers of any shape)."""
     counts = np.bincount(np.ravel(token_ids), minlength=len(tokenizer))
     top = np.argsort(-counts, kind="stable")[:100]

@@ -1,6 +1,6 @@
 """Tables and pictures of stages 4 and 5: scores with their intervals, confusions, calibration, errors.
 
-Every function takes what `src.evaluation` returns and hands back a pandas Styler or a matplotlib figure; none computes a
+Every function takes what `src.evaluation` returns and hands back a table or a matplotlib figure; none computes a
 score of its own, so a picture cannot disagree with a table.
 """
 
@@ -13,10 +13,9 @@ import pandas as pd
 import torch
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from pandas.io.formats.style import Styler
 from transformers import PreTrainedTokenizerBase
 
-from src.display.style import ACCENT, INK, LEFT, MUTED, finished, plain_axes
+from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
 from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_temperature
 from src.labels import LABELS
 
@@ -44,7 +43,7 @@ def score_cell(metrics: Mapping[str, object], name: str) -> str:
     return f"{metrics[name]:.3f}  [{low:.3f}, {high:.3f}]"
 
 
-def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = False) -> Styler:
+def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = False) -> Table:
     """All models, best macro-F1 first, each score with its 95 % interval.
 
     Args:
@@ -60,17 +59,18 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
         rows.append(row | ({title: cost.get(key) for key, title in COSTS.items()} if with_costs else {}))
     formats = {"MCC": "{:.3f}", "ECE": "{:.3f}", "ECE, scaled": "{:.3f}", "not a label": "{:.1%}"}
     formats |= {COSTS[key]: "{:.3f}" if key in ("parameters", "trainable") else "{:.1f}" for key in COSTS} if with_costs else {}
-    frame = pd.DataFrame(rows).set_index("model").astype(dict.fromkeys(formats, float))
-    return frame.style.format(formats, na_rep="–").highlight_max(subset=["MCC"], props="font-weight: bold")
+    table = Table(pd.DataFrame(rows).astype(dict.fromkeys(formats, float))).hide(axis="index").format(formats, na_rep="–")
+    table.set_properties(subset=["accuracy", "macro-F1"], **{"white-space": "nowrap"})
+    return table.highlight_max(subset=["MCC"], props="font-weight: bold")
 
 
-def class_table(metrics: Mapping[str, object]) -> Styler:
+def class_table(metrics: Mapping[str, object]) -> Table:
     """Precision, recall and F1 of each class, with its number of texts."""
     frame = pd.DataFrame(metrics["per_class"]).T.astype({"support": int}).rename(columns={"support": "texts"})
-    return frame.style.format("{:.3f}", subset=["precision", "recall", "f1"])
+    return Table(frame).format("{:.3f}", subset=["precision", "recall", "f1"])
 
 
-def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Styler:
+def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Table:
     """Paired differences: is the first model better than the second on the same texts?"""
     rows = []
     for result in comparisons:
@@ -79,7 +79,7 @@ def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Styler:
         row |= {"95 % interval": f"[{low:+.3f}, {high:+.3f}]", "accuracy difference": result["accuracy_difference"]}
         rows.append(row | {"bootstrap p": result["bootstrap_p"], "McNemar p": result["mcnemar_p"]})
     formats = {"macro-F1 difference": "{:+.3f}", "accuracy difference": "{:+.3f}", "bootstrap p": "{:.3f}", "McNemar p": "{:.2g}"}
-    return pd.DataFrame(rows).style.format(formats).hide(axis="index")
+    return Table(pd.DataFrame(rows)).format(formats).hide(axis="index")
 
 
 def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -> Figure:
@@ -157,19 +157,18 @@ def length_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return finished(figure)
 
 
-def errors_table(errors: pd.DataFrame) -> Styler:
+def errors_table(errors: pd.DataFrame) -> Table:
     """The most confident mistakes of a model, text in full."""
-    wrap = {"white-space": "normal", "text-align": "left", "max-width": "46em"}
-    style = errors.style.format({"confidence": "{:.2f}"}, escape="html").hide(axis="index")
-    return style.set_properties(subset=["text"], **wrap).set_table_styles(LEFT)
+    table = Table(errors).format({"confidence": "{:.2f}"}, escape="html").hide(axis="index")
+    return table.set_properties(subset=["text"], **{"white-space": "normal", "max-width": "46em"})
 
 
-def parameter_styler(table: pd.DataFrame) -> Styler:
+def parameters_table(table: pd.DataFrame) -> Table:
     """The parts of a model: parameters, how many are trained, memory; with a last row for the whole."""
     whole = pd.DataFrame([{"part": "together", **table[["parameters", "trainable", "mebibytes"]].sum()}])
     frame = pd.concat([table, whole], ignore_index=True).astype({"parameters": int, "trainable": int})
     formats = {"parameters": "{:,}", "trainable": "{:,}", "mebibytes": "{:.3f}"}
-    return frame.style.format(formats).hide(axis="index")
+    return Table(frame).format(formats).hide(axis="index")
 
 
 def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:

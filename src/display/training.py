@@ -14,12 +14,11 @@ import pandas as pd
 import torch
 from IPython.display import HTML, DisplayHandle
 from matplotlib.figure import Figure
-from pandas.io.formats.style import Styler
 from torch import nn
 
 from src.attention import relative_position_bucket
 from src.display.data import table
-from src.display.style import ACCENT, GRID, INK, finished, plain_axes
+from src.display.style import ACCENT, GRID, INK, Table, finished, plain_axes
 from src.packing import IGNORED
 from src.tokenizer import WORD_START
 
@@ -66,14 +65,14 @@ def corrupted_example(token_ids: np.ndarray, mask: np.ndarray, inputs: np.ndarra
     return HTML(f'<table style="{BOX};width:100%;table-layout:fixed"><tr>{"".join(cells)}</tr></table>')
 
 
-def packing_table(rows: Mapping[str, Mapping[str, float]]) -> Styler:
+def packing_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """Rows needed and share of real tokens, by way of making rows."""
     frame = pd.DataFrame(rows).T.astype({"rows": int})
     formats = {"rows": "{:,}", "encoder positions used": "{:.2%}", "decoder positions used": "{:.2%}"}
-    return frame.style.format(formats)
+    return Table(frame).format(formats)
 
 
-def model_table(model: nn.Module) -> Styler:
+def model_table(model: nn.Module) -> Table:
     """Parameters by part; shared weights are counted where they first stand."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -87,7 +86,7 @@ def model_table(model: nn.Module) -> Styler:
     counts["all"] = sum(counts.values())
     frame = pd.DataFrame({"parameters": counts})
     frame["share"] = frame["parameters"] / counts["all"]
-    return frame.style.format({"parameters": "{:,}", "share": "{:.1%}"})
+    return Table(frame).format({"parameters": "{:,}", "share": "{:.1%}"})
 
 
 def steps_and_evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -146,7 +145,7 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     return finished(figure)
 
 
-def spans_table(rows: Sequence[Mapping[str, str]]) -> Styler:
+def spans_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Context, truth and the model's own writing, span by span; exact hits in bold."""
     frame = pd.DataFrame(rows)
     hits = frame["truth"].str.strip() == frame["written by the model"].str.strip()
@@ -191,10 +190,10 @@ def decoding_figure(rows: pd.DataFrame) -> Figure:
     return finished(figure)
 
 
-def metrics_table(metrics: Mapping[str, float]) -> Styler:
+def metrics_table(metrics: Mapping[str, float]) -> Table:
     """Figures of a run, one a row."""
     frame = pd.DataFrame({"": {name.replace("_", " "): f"{value:,}" for name, value in metrics.items()}})
-    return frame.style.set_properties(**{"text-align": "right"})
+    return Table(frame).set_properties(**{"text-align": "right"})
 
 
 def save_figures(folder: Path, **figures: Figure) -> None:
