@@ -1,11 +1,11 @@
 """Sentences per second of fine-tuning, packed against two ways of padding: `python -m benchmarks.finetuning [--labelled PATH]`.
 
 All three train the same classifier on the same sentences with the same optimizer and the memory allocator of our training loop, about
-as many sentences to a step:
-`packed` fills rows with best-fit packing and segment ids; `pad512` pads every sentence to 512 tokens; `bucketed` groups sentences by
-length and pads each to the end of its bucket (8, 16, 32, 64, ... tokens). `sorted`, padding each batch of sentences sorted by length
-to its longest, is the best that padding can do and needs the whole epoch in order of length. They take turns; the median of the rounds
-counts. The last line is one JSON object: ratios of packed sentences/s to the others', and the share of packed positions that are real.
+as many sentences to a step: `packed` fills rows with best-fit packing and segment ids; `pad512` pads every sentence to 512 tokens;
+`bucketed` groups sentences by length and pads each to the end of its bucket (8, 16, 32, 64, ... tokens). `sorted`, padding each batch of
+sentences sorted by length to its longest, is the best that padding can do and needs the whole epoch in order of length. They take
+turns; the median of the rounds counts. The last line is one JSON object: ratios of packed sentences/s to the others', and the share of
+packed positions that are real.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from transformers import T5Config
 from benchmarks.device import DEVICE, synchronize
 from src.collators import ClassificationBatches, encode
 from src.config import FinetuningSettings
-from src.environment import best_precision, device_name, keep_freed_memory
+from src.environment import device_name, keep_freed_memory
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
-from src.inference import autocast, to_device
+from src.inference import autocast, precision_dtype, to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer
 from src.profiles import settings_for
@@ -148,8 +148,8 @@ def main() -> None:
     ratios = {f"speed_ratio_{way}": round(median["packed"] / median[way], 3) for way in ("pad512", "bucketed", "sorted")}
     report = {**ratios, "real_token_fraction": round(epoch.packing.input_efficiency, 4), "sentences_per_s": round(median["packed"], 1)}
     report |= {"labelled": Path(arguments.labelled).name, "profile": arguments.profile, "method": arguments.method}
-    report |= {"row_length": settings.inputs_length, "precision": best_precision(), "device": device_name(), "rounds": arguments.rounds}
-    print(json.dumps(report))
+    report |= {"row_length": settings.inputs_length, "dtype": str(precision_dtype(settings)).removeprefix("torch.")}
+    print(json.dumps(report | {"device": device_name(), "rounds": arguments.rounds}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 STEPS = 1 << 16  # values of 16 random bits
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}  # the integer as wide as a float
 
 

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from src.attention import SegmentMask, additive, merge_heads, plain_attention, split_heads
 from src.chunked_attention import chunked_attention
-from src.dropout import BITS, SIXTEEN_BIT
+from src.dropout import BITS
 
 HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from src.triton_attention import HEAD_WIDTHS, packed_attention
 
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)  # Ampere: the kernel was not tried on what came before
 
 
