@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.attention import SegmentMask, at_least_float32, causal_mask, position_bias
 from src.dropout import dropout
-from src.fast_attention import prepared_mask
+from src.fast_attention import prepared_bias, prepared_mask
 from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm, compute_dtype
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
@@ -127,7 +127,8 @@ class T5Stack(T5PreTrainedModel):
         length = input_ids.shape[1]
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
         mask = prepared_mask(self._mask(start, length, attention_mask, segment_ids, input_ids.device), dtype, self.config.d_kv)
-        encoder_mask, bias = prepared_mask(encoder_mask, dtype, self.config.d_kv), self._bias(start, length, cache)
+        encoder_mask = prepared_mask(encoder_mask, dtype, self.config.d_kv)
+        bias = prepared_bias(self._bias(start, length, cache), dtype)
         if isinstance(mask, Tensor) and mask.shape[-1] < bias.shape[-1]:  # a cache's room for tokens to come, which the bias masks
             mask = nn.functional.pad(mask, (0, bias.shape[-1] - mask.shape[-1]))
         hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)
