@@ -143,24 +143,37 @@ def main() -> None:
             )
     errors = logit_errors(config, tuple(options.kinds), 512, 114, 2)
     print(f"largest logit error: {errors}")
-    print(json.dumps({**headline(cases, errors), "device": device_name(), "logit_errors": errors, "cases": cases}))
+    found = {**headline(cases, errors), **over_the_grid(cases)}
+    print(json.dumps({**found, "device": device_name(), "logit_errors": errors, "cases": cases}))
+
+
+def ratios(cases: list[dict], key: str) -> dict[tuple[int, int, int, str], float]:
+    """That figure of `x+e` divided by the one of `kv`, for every (source, target, batch, dtype)."""
+    found = {(c["source"], c["target"], c["batch"], c["dtype"], c["kind"]): c[key] for c in cases}
+    return {case[:4]: value / found[*case[:4], "kv"] for case, value in found.items() if case[4] == "x+e"}
 
 
 def headline(cases: list[dict], errors: dict) -> dict[str, float]:
     """Ratios of `x+e` to `kv` at source 512, target 114."""
-    by_case = {(c["source"], c["target"], c["batch"], c["dtype"], c["kind"]): c for c in cases}
-
-    def ratio(batch: int, dtype: str, key: str) -> float:
-        return by_case[512, 114, batch, dtype, "x+e"][key] / by_case[512, 114, batch, dtype, "kv"][key]
-
+    speed = ratios(cases, "tokens_per_s")
     return {
-        "cache_ratio": 1 / ratio(64, "bf16", "cache_bytes"),
-        "speed_ratio_b64": ratio(64, "bf16", "tokens_per_s"),
-        "speed_ratio_b1": ratio(1, "bf16", "tokens_per_s"),
-        "speed_ratio_b64_fp32": ratio(64, "fp32", "tokens_per_s"),
-        "speed_ratio_b1_fp32": ratio(1, "fp32", "tokens_per_s"),
+        "cache_ratio": 1 / ratios(cases, "cache_bytes")[512, 114, 64, "bf16"],
+        "speed_ratio_b64": speed[512, 114, 64, "bf16"],
+        "speed_ratio_b1": speed[512, 114, 1, "bf16"],
+        "speed_ratio_b64_fp32": speed[512, 114, 64, "fp32"],
+        "speed_ratio_b1_fp32": speed[512, 114, 1, "fp32"],
         "error_ratio_bf16": errors["bf16"]["x+e"] / errors["bf16"]["kv"],
     }
+
+
+def over_the_grid(cases: list[dict]) -> dict[str, dict[str, float]]:
+    """How much smaller and faster `x+e` is than `kv`: a measure of `{"40_to_4": ratio}`, source to target, each."""
+    measures: dict[str, dict[str, float]] = {"smaller": {}}
+    for (source, target, batch, dtype), ratio in ratios(cases, "tokens_per_s").items():
+        measures.setdefault(f"faster_{dtype}_batch_{batch}", {})[f"{source}_to_{target}"] = ratio
+    for (source, target, _, _), ratio in ratios(cases, "cache_bytes").items():
+        measures["smaller"][f"{source}_to_{target}"] = 1 / ratio  # the same for every batch and dtype
+    return measures
 
 
 if __name__ == "__main__":

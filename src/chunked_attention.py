@@ -5,12 +5,14 @@ times. Here a head or a few at a time go through all steps before the next ones 
 dropout mask in their sign. `src.attention.plain_attention` is the reference that a test holds this equal to.
 """
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from src.attention import merge_heads, split_heads
+from src.attention import split_heads
 from src.dropout import BITS, clear, drop_bits
 
 CHUNK_SCORES = 2 << 20  # scores that go through all steps at once: 4 MB in 16 bit
@@ -27,16 +29,17 @@ def chunked_attention(
     those given, which then nobody keeps.
     """
     q, k, v = (_by_head(states, heads) for states in (query, key, value))
-    context, kept = torch.empty_like(q), q.new_empty((len(q) if keep else 0, q.shape[1], k.shape[1]))
+    context, kept = torch.empty_like(query), q.new_empty((len(q) if keep else 0, q.shape[1], k.shape[1]))
     bias = None if bias is None else bias[0].to(q.dtype)
-    for part in _chunks(heads, *query.shape[:2], key.shape[1]):
+    chunks = _chunks(heads, *query.shape[:2], key.shape[1])
+    for part, q_part, k_part, v_part, kept_part in _split(chunks, q, k.mT, v, kept if keep else None):
         terms = None if bias is None else bias[part.heads], None if mask is None else _of_rows(mask, part.rows)
-        scores = _scores(q[part.all], k[part.all], *terms)
-        weights = kept[part.all] if keep else torch.empty_like(scores)
+        scores = _scores(q_part, k_part, *terms)
+        weights = torch.empty_like(scores) if kept_part is None else kept_part
         torch.ops.aten._softmax.out(scores, -1, False, out=weights)  # torch.softmax(out=) would make it elsewhere and copy
-        torch.bmm(_drop_(weights, rate) if rate else weights, v[part.all], out=context[part.all])
+        _write_product(context, part, _drop_(weights, rate) if rate else weights, v_part, heads)
     by_head = (q, k, v) if keep else (states.new_empty(0) for states in (q, k, v))
-    return _by_row(context.mul_(1 / (1 - rate)) if rate else context, heads), kept, *by_head
+    return context.mul_(1 / (1 - rate)) if rate else context, kept, *by_head
 
 
 @chunked_attention.register_fake
@@ -53,29 +56,28 @@ def chunked_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, and of the bias (empty where there is none)."""
     d_context = _by_head(gradient.to(q.dtype), heads)
-    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_query, d_key, d_value = (q.new_empty(_shape_by_row(states, heads)) for states in (q, k, v))
     d_bias = q.new_empty(_bias_shape(kept, heads, bias_dtype), dtype=bias_dtype)
     if rate:
         d_context.mul_(1 / (1 - rate))
-    for part in _chunks(heads, *gradient.shape[:2], k.shape[1]):
-        d_output, kept_weights = d_context[part.all], kept[part.all]
-        weights, dropped, passed = _undrop(kept_weights) if rate else (kept_weights, kept_weights, None)
-        torch.bmm(dropped.mT, d_output, out=d_v[part.all])
-        d_weights = torch.bmm(d_output, v[part.all].mT)
+    chunks = _chunks(heads, *gradient.shape[:2], k.shape[1])
+    for part, kept_part, q_part, k_part, v_part, d_output in _split(chunks, kept, q, k, v.mT, d_context):
+        weights, dropped, passed = _undrop(kept_part) if rate else (kept_part, kept_part, None)
+        _write_product(d_value, part, dropped.mT, d_output, heads)
+        d_weights = torch.bmm(d_output, v_part)
         if rate:
             d_weights.view(passed.dtype).bitwise_and_(passed)
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        torch.bmm(d_scores, k[part.all], out=d_q[part.all])
-        torch.bmm(d_scores.mT, q[part.all], out=d_k[part.all])
+        _write_product(d_query, part, d_scores, k_part, heads)
+        _write_product(d_key, part, d_scores.mT, q_part, heads)
         if bias_dtype is not None:
             _add_over_rows(d_bias[0], d_scores, part)
-    return *(_by_row(states, heads) for states in (d_q, d_k, d_v)), d_bias
+    return d_query, d_key, d_value, d_bias
 
 
 @chunked_attention_backward.register_fake
 def _(gradient, kept, q, k, v, heads, rate, bias_dtype):
-    rows, width = len(q) // heads, heads * q.shape[2]
-    by_row = (t.new_empty((rows, t.shape[1], width)) for t in (q, k, v))
+    by_row = (q.new_empty(_shape_by_row(states, heads)) for states in (q, k, v))
     return *by_row, q.new_empty(_bias_shape(kept, heads, bias_dtype), dtype=bias_dtype)
 
 
@@ -99,24 +101,27 @@ def _bias_shape(kept: Tensor, heads: int, dtype: torch.dtype | None) -> tuple[in
 
 
 class Chunk(NamedTuple):
-    """Heads and rows that go through all steps together, and where they lie among all heads x rows."""
+    """Heads and rows that go through all steps together."""
 
     heads: slice
     rows: slice
-    all: slice
 
 
 def _chunks(heads: int, rows: int, query_length: int, key_length: int) -> list[Chunk]:
     """All rows of a few heads at a time, or some rows of one: so a head's bias is read, and its gradient summed, for many rows at once."""
     rows_at_once = min(rows, max(1, CHUNK_SCORES // (query_length * key_length)))
     heads_at_once = max(1, CHUNK_SCORES // (query_length * key_length * rows_at_once))
-    chunks = []
-    for head in range(0, heads, heads_at_once):
-        for row in range(0, rows, rows_at_once):
-            last_head, last_row = min(head + heads_at_once, heads), min(row + rows_at_once, rows)
-            whole = slice(head * rows + row, (last_head - 1) * rows + last_row)
-            chunks.append(Chunk(slice(head, last_head), slice(row, last_row), whole))
-    return chunks
+    return [
+        Chunk(slice(head, min(head + heads_at_once, heads)), slice(row, min(row + rows_at_once, rows)))
+        for head in range(0, heads, heads_at_once)
+        for row in range(0, rows, rows_at_once)
+    ]
+
+
+def _split(chunks: list[Chunk], *tensors: Tensor | None) -> Iterator[tuple]:
+    """Each chunk with its part of every tensor (heads x rows, ...), or None for one that is None."""
+    sizes = [(part.heads.stop - part.heads.start) * (part.rows.stop - part.rows.start) for part in chunks]
+    return zip(chunks, *(repeat(None) if tensor is None else tensor.split(sizes) for tensor in tensors), strict=False)
 
 
 def _by_head(states: Tensor, heads: int) -> Tensor:
@@ -124,9 +129,18 @@ def _by_head(states: Tensor, heads: int) -> Tensor:
     return split_heads(states, heads).transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
-def _by_row(states: Tensor, heads: int) -> Tensor:
-    """(heads x rows, length, d_kv) to contiguous (rows, length, heads x d_kv)."""
-    return merge_heads(states.unflatten(0, (heads, -1)).transpose(0, 1))
+def _shape_by_row(states: Tensor, heads: int) -> tuple[int, ...]:
+    """(rows, length, heads x d_kv) for (heads x rows, length, d_kv)."""
+    return len(states) // heads, states.shape[1], heads * states.shape[2]
+
+
+def _write_product(result: Tensor, part: Chunk, left: Tensor, right: Tensor, heads: int) -> None:
+    """The product of two (heads x rows, ...) tensors, into its place in (rows, length, heads x d_kv)."""
+    place = split_heads(result, heads)[part.rows, part.heads]  # (rows, heads, length, d_kv)
+    if place.shape[1] == 1:
+        torch.bmm(left, right, out=place[:, 0])
+    else:
+        place.copy_(torch.bmm(left, right).unflatten(0, (-1, len(place))).transpose(0, 1))
 
 
 def _of_rows(mask: Tensor, rows: slice) -> Tensor:
@@ -134,17 +148,15 @@ def _of_rows(mask: Tensor, rows: slice) -> Tensor:
     return (mask if len(mask) == 1 else mask[rows]).transpose(0, 1)
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Q K^T of (heads x rows, length, d_kv) with bias and mask added: (heads x rows, query_length, key_length)."""
+def _scores(q: Tensor, transposed_k: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Q K^T, of (heads x rows, length, d_kv) and its transpose, with bias and mask added: (heads x rows, query_length, key_length)."""
     if bias is None:
-        scores = torch.bmm(q, k.mT)
-    else:  # the product adds itself to the bias: one pass less than the other way round
-        scores = q.new_empty((len(q), q.shape[1], k.shape[1]))
-        scores.view(len(bias), -1, *bias.shape[1:]).copy_(bias[:, None])
-        scores.baddbmm_(q, k.mT)
-    if mask is not None:
-        scores.unflatten(0, (-1, mask.shape[1]) if mask.shape[1] > 1 else (1, -1)).add_(mask)
-    return scores
+        scores = torch.bmm(q, transposed_k)
+        return scores if mask is None else scores.unflatten(0, (-1, mask.shape[1])).add_(mask).flatten(0, 1)
+    scores = q.new_empty((len(q), q.shape[1], transposed_k.shape[2]))
+    by_head = scores.view(len(bias), -1, *scores.shape[1:])
+    by_head.copy_(bias[:, None]) if mask is None else torch.add(bias[:, None], mask, out=by_head)
+    return scores.baddbmm_(q, transposed_k)  # the product adds itself to the bias: one pass less than the other way round
 
 
 def _add_over_rows(d_bias: Tensor, d_scores: Tensor, part: Chunk) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import decoding, readme
 from benchmarks.publish import make_command
 
 
@@ -69,6 +69,22 @@ def test_comparisons_share_a_table(tmp_path, monkeypatch):
         "|---|---:|---:|",
         "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
     ]
+
+
+def test_decoding_is_compared_with_the_standard_cache_of_the_same_case():
+    """A ratio turned round, or taken across batches or number formats, would make the slim cache look better or worse than it is."""
+
+    def case(batch, dtype, kind, size, speed):
+        return {"source": 40, "target": 4, "batch": batch, "dtype": dtype, "kind": kind, "cache_bytes": size, "tokens_per_s": speed}
+
+    standard = [case(1, "bf16", "kv", 600, 10.0), case(8, "bf16", "kv", 4800, 20.0), case(1, "fp32", "kv", 1200, 5.0)]
+    slim = [case(1, "fp32", "x+e", 200, 4.0), case(1, "bf16", "x+e", 100, 15.0), case(8, "bf16", "x+e", 800, 40.0)]
+    assert decoding.over_the_grid([*standard, *slim, case(1, "bf16", "k+e", 300, 99.0)]) == {
+        "smaller": {"40_to_4": 6.0},
+        "faster_fp32_batch_1": {"40_to_4": 0.8},
+        "faster_bf16_batch_1": {"40_to_4": 1.5},
+        "faster_bf16_batch_8": {"40_to_4": 2.0},
+    }
 
 
 def test_no_result_file_names_a_folder_of_the_machine_it_ran_on():
