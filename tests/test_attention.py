@@ -50,24 +50,24 @@ def test_masks_by_hand():
         segment_mask(torch.ones(2, 3), torch.ones(1, 3))
 
 
-def inputs(rows: int, queries: int, keys: int, masked: bool, dtype=torch.float64):
+def inputs(rows: int, queries: int, keys: int, mask_rows: int, dtype=torch.float64):
     generator = torch.Generator().manual_seed(rows + queries)
     query, key, value = (torch.randn(rows, n, WIDTH, generator=generator, dtype=dtype).requires_grad_() for n in (queries, keys, keys))
     bias = torch.randn(1, HEADS, queries, keys, generator=generator, dtype=dtype).requires_grad_()
     mask = None
-    if masked:
-        segments = [torch.randint(1, 4, (rows, n), generator=generator).sort(dim=1).values for n in (queries, keys)]
+    if mask_rows:
+        segments = [torch.randint(1, 4, (mask_rows, n), generator=generator).sort(dim=1).values for n in (queries, keys)]
         mask = additive(segment_mask(*segments), dtype)
     return (query, key, value, bias), mask
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["no row", "one row for all", "each row"])
 @pytest.mark.parametrize(("rows", "queries", "keys", "at_once"), [(5, 7, 7, 2), (3, 1, 9, 3), (2, 40, 12, 4)])
 def test_fast_attention_is_the_plain_one(monkeypatch, rows, queries, keys, at_once, masked):
     """Breaks when chunks (some rows of a head, a head, two heads) or the hand-written backward depart from the formula: float64 leaves no
     room for noise."""
     monkeypatch.setattr("src.chunked_attention.CHUNK_SCORES", at_once * queries * keys)
-    tensors, mask = inputs(rows, queries, keys, masked)
+    tensors, mask = inputs(rows, queries, keys, {"no row": 0, "one row for all": 1, "each row": rows}[masked])
     found = attention(*tensors, mask, HEADS)
     expected = merge_heads(plain_attention(*(split_heads(t, HEADS) for t in tensors[:3]), tensors[3], mask))
     torch.testing.assert_close(found, expected)
@@ -80,7 +80,7 @@ def test_fast_attention_is_the_plain_one(monkeypatch, rows, queries, keys, at_on
 def test_attention_dropout_has_the_gradient_of_what_it_dropped(monkeypatch, dtype, error):
     """Breaks when backward reads the mask from the sign wrongly: the same mask, applied plainly, must give the same gradients."""
     rate, rows, length = 0.3, 2, 6
-    tensors, mask = inputs(rows, length, length, True, dtype)
+    tensors, mask = inputs(rows, length, length, rows, dtype)
     drop = drop_bits((HEADS, rows, length, length), rate)
     monkeypatch.setattr("src.chunked_attention.drop_bits", lambda shape, rate: drop.clone().view(shape))
     found = attention(*tensors, mask, HEADS, rate)
