@@ -155,7 +155,10 @@ def _scores(q: Tensor, transposed_k: Tensor, bias: Tensor | None, mask: Tensor |
         return scores if mask is None else scores.unflatten(0, (-1, mask.shape[1])).add_(mask).flatten(0, 1)
     scores = q.new_empty((len(q), q.shape[1], transposed_k.shape[2]))
     by_head = scores.view(len(bias), -1, *scores.shape[1:])
-    by_head.copy_(bias[:, None]) if mask is None else torch.add(bias[:, None].expand_as(by_head), mask, out=by_head)
+    if mask is None:
+        by_head.copy_(bias[:, None])
+    else:  # expanded, because a sum of fewer rows would resize what it is written to
+        torch.add(bias[:, None].expand_as(by_head), mask, out=by_head)
     return scores.baddbmm_(q, transposed_k)  # the product adds itself to the bias: one pass less than the other way round
 
 
