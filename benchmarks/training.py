@@ -1,10 +1,10 @@
 """Seconds of a training step against stock `transformers` T5: `python -m benchmarks.training`, on a GPU where there is one.
 
 T5-small shapes, rows of 512 + 114 tokens, float32 weights under bf16 autocast (with `--precision fp32` without it, for processors that
-have no bf16), forward + backward + fused AdamW, dropout 0 and 0.1. Ours (as written, and with compiled blocks) and the stock variants
-(eager, sdpa, each with and without `torch.compile`) take turns, each in its own process and all with the memory allocator of our
-training loop; the median of the rounds counts, and the fastest of ours is set against the fastest of stock. The matrix products of a
-step are timed alone beside them. The last line is one JSON object.
+have no bf16), forward + backward + fused AdamW, dropout 0 and 0.1. Ours (as written, with compiled blocks, and on a GPU recorded as a
+CUDA graph) and the stock variants (eager, sdpa, each with and without `torch.compile`, which on a GPU can record graphs too) take
+turns, each in its own process and all with the memory allocator of our training loop; the median of the rounds counts, and the fastest
+of ours is set against the fastest of stock. The matrix products of a step are timed alone beside them. The last line is one JSON object.
 """
 
 import argparse
@@ -25,14 +25,15 @@ from transformers import T5Config
 
 from benchmarks.device import DEVICE, ON_GPU, synchronize
 from src.compilation import compile_blocks
+from src.cuda_graphs import RecordedPass
 from src.environment import device_name, keep_freed_memory
 from src.inference import DTYPES, to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 
 CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
 SOURCE, TARGET = 512, 114
-OURS = ("ours", "ours+compile")
-STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile")
+OURS = ("ours", "ours+compile", *(["ours+compile+graph"] if ON_GPU else []))
+STOCK = ("eager", "sdpa", "eager+compile", "sdpa+compile", *(["eager+compile+graph", "sdpa+compile+graph"] if ON_GPU else []))
 
 
 def seconds_of(work: Callable[..., object], *arguments: object) -> float:
@@ -55,17 +56,18 @@ def build(kind: str, dropout: float, vocab_size: int) -> torch.nn.Module:
     config = T5Config(vocab_size=vocab_size, dropout_rate=dropout, decoder_start_token_id=0, use_cache=False)
     torch.manual_seed(0)
     ours = T5ForConditionalGeneration(config).train()
-    attention, _, compiled = kind.partition("+")
+    attention, *options = kind.split("+")
     if attention == "ours":
         ours.to(DEVICE)  # first: what compiling needs depends on the device
-        if compiled:
+        if "compile" in options:
             compile_blocks(ours)
         return ours
     stock = transformers.T5ForConditionalGeneration(config).train()
     stock.set_attn_implementation(attention)
     stock.load_state_dict(ours.state_dict())
     stock.to(DEVICE)
-    return torch.compile(stock) if compiled else stock
+    mode = "reduce-overhead" if "graph" in options else "default"
+    return torch.compile(stock, mode=mode) if "compile" in options else stock
 
 
 class Step:
@@ -81,13 +83,19 @@ class Step:
             batch["encoder_segment_ids"], batch["decoder_segment_ids"] = (torch.ones_like(ids) for ids in tuple(batch.values()))
         self.batch = to_device(batch, self.model)
         self.dtype = DTYPES[options.precision]
+        self.is_recorded = kind in OURS and kind.endswith("graph")
+        self.run = RecordedPass(self.gradients, self.batch) if self.is_recorded else self.gradients
+
+    def gradients(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(**batch).loss
+        loss.backward()
+        return loss.detach()
 
     def __call__(self) -> None:
-        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(**self.batch).loss
-        loss.backward()
+        self.optimizer.zero_grad(set_to_none=not self.is_recorded)
+        self.run(self.batch)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 def products(config: T5Config, rows: int) -> list[tuple[int, tuple, tuple]]:
@@ -142,11 +150,12 @@ def serve(kind: str, options: argparse.Namespace) -> None:
     keep_freed_memory()
     try:
         step = Step(kind, options)
-        for _ in sys.stdin:
-            if ON_GPU:
-                torch.cuda.reset_peak_memory_stats()  # what compiling took does not count
+        for turn, _ in enumerate(sys.stdin):
+            if ON_GPU and turn == 1:  # what compiling took does not count
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             seconds = seconds_of(step)
-            peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_reserved() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             print(seconds, peak / 2**20, file=answers)
     except Exception as error:
         if kind in OURS:
@@ -155,7 +164,7 @@ def serve(kind: str, options: argparse.Namespace) -> None:
 
 
 def step_together(workers: dict[str, subprocess.Popen], kinds: Iterable[str]) -> dict[str, tuple[float, float]]:
-    """(seconds of a step, peak MB: resident so far on a CPU, allocated in these steps on a GPU) of the kinds still among `workers`.
+    """(seconds of a step, peak MB: resident so far on a CPU, held since compiling on a GPU) of the kinds still among `workers`.
 
     All are asked at once. A stock kind that fails is reported and leaves `workers`; one of ours raises RuntimeError.
     """

@@ -104,6 +104,7 @@ class TrainingSettings:
     early_stop_evaluations: int | None = None  # stop after this many evaluations without a new best
     precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
     compile: bool = False  # compile the blocks: half a minute at the start, then steps are a tenth faster
+    cuda_graphs: bool = False  # on one GPU, record a pass once and replay it: it keeps the memory that it takes
     tracker: str | None = None  # "tensorboard", "trackio", ...: also log to it, if it is installed
     seed: int = 0
 

@@ -1,33 +1,31 @@
 """The fastest attention for the device: our kernel on a newer GPU, chunks on a CPU, else the framework's or the plain formula."""
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
 
 from src.attention import SegmentMask, additive, merge_heads, plain_attention, split_heads
 from src.chunked_attention import chunked_attention
 from src.dropout import BITS
+from src.gpu_kernels import HAS_TRITON, has_gpu_kernels
 
-HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from src.triton_attention import HEAD_WIDTHS, packed_attention
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-OLDEST_GPU = (8, 0)  # Ampere: the kernel was not tried on what came before
 
 
 def prepared_mask(mask: Tensor | SegmentMask | None, dtype: torch.dtype, d_kv: int) -> Tensor | SegmentMask | None:
     """A mask as `attention` reads it fastest, made once for all layers: segments where the GPU kernel takes them, else numbers to add."""
     if not isinstance(mask, SegmentMask):
         return additive(mask, dtype)
-    has_kernel = HAS_TRITON and mask.key_segments.is_cuda and torch.cuda.get_device_capability() >= OLDEST_GPU
-    return mask if has_kernel and dtype in SIXTEEN_BIT and d_kv in HEAD_WIDTHS else additive(mask.matrix(), dtype)
+    has_kernel = has_gpu_kernels(mask.key_segments.device, dtype) and d_kv in HEAD_WIDTHS
+    return mask if has_kernel else additive(mask.matrix(), dtype)
 
 
 def prepared_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias as `attention` reads it fastest, made once for all layers: on a CPU as narrow as the scores, and so are its gradients."""
-    return bias if bias.is_cuda else bias.to(dtype)
+    """A bias as `attention` reads it fastest, made once for all layers: as narrow as the scores, and so are its gradients.
+
+    Not in float16 on a GPU, where the sum of what a gradient scaler has multiplied would overflow.
+    """
+    return bias if bias.is_cuda and dtype == torch.float16 else bias.to(dtype)
 
 
 def attention(

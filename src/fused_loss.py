@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from src.attention import at_least_float32
+from src.gpu_kernels import HAS_TRITON, has_gpu_kernels
+
+if HAS_TRITON:
+    from src import triton_loss
 
 IGNORED_LABEL = -100
 CHUNK_BYTES = 64 << 20  # logits that exist at once
@@ -26,30 +30,34 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_ite
     Returns:
         scalar float32.
     """
-    labels = labels.flatten()
+    labels, states = labels.flatten(), states.flatten(0, -2)
     counted = labels != IGNORED_LABEL
-    num_items = counted.sum() if num_items is None else num_items
-    states = states.flatten(0, -2)
-    if states.device.type != "cpu" or not bool(counted.all()):
-        states, labels = states[counted], labels[counted]
+    if num_items is None:
+        num_items = counted.sum()
+    elif not isinstance(num_items, Tensor):
+        num_items = torch.full((), num_items, device=states.device)
+    share = (num_items > 0) / num_items.clamp(min=1).float()
+    if states.device.type == "cpu" and not bool(counted.all()):  # elsewhere the question would cost a synchronisation
+        states, labels, counted = states[counted], labels[counted], counted[counted]
     needs_gradient = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(states, weight, labels, 1.0 / float(num_items) if num_items else 0.0, needs_gradient)
+    return _LinearCrossEntropy.apply(states, weight, labels, counted, share, needs_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor, share: float, needs_gradient: bool) -> Tensor:
+    def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, share: Tensor, needs_gradient: bool) -> Tensor:
         small = weight.to(states.dtype)
         rows = max(FLOAT_ROWS, CHUNK_BYTES // (weight.shape[0] * states.element_size()))
         total = states.new_zeros((), dtype=torch.float32)
         d_states, d_weight = (torch.empty_like(states), None) if needs_gradient else (None, None)
         # A small share of a small probability would vanish in float16, so there the share is taken at the end.
-        inner = 1.0 if states.dtype == torch.float16 else share
+        inner, outer = (1.0, share) if states.dtype == torch.float16 else (share, 1.0)
+        labels, label_weights = labels.clamp(min=0), counted * inner
         with torch.autocast(states.device.type, enabled=False):
             for first in range(0, len(states), rows):
                 chunk = slice(first, first + rows)
                 logits = states[chunk] @ small.t()  # (rows, vocab_size)
-                total += _loss_and_gradient_(logits, labels[chunk], inner)
+                total += loss_and_gradient_(logits, labels[chunk], label_weights[chunk])
                 if needs_gradient:
                     d_states[chunk] = logits @ small  # `logits` now hold their gradient
                     part = logits.t() @ states[chunk]
@@ -57,8 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
             ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-            ctx.share = share / inner if inner else 1.0
-        return total * share
+            ctx.share = outer
+        return total * outer
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -66,20 +74,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("this loss gave its gradients away in an earlier backward pass: compute it again")
         (d_states, d_weight), ctx.gradients = ctx.gradients, None
         gradient = gradient * ctx.share
-        if gradient.device.type == "cpu" and float(gradient) == 1.0:
-            return d_states, d_weight, None, None, None
-        # In float32, because a gradient scaler's factor can be more than float16 holds.
-        return *((at_least_float32(part) * gradient).to(part.dtype) for part in (d_states, d_weight)), None, None, None
+        if gradient.device.type != "cpu" or float(gradient) != 1.0:
+            # In float32, because a gradient scaler's factor can be more than float16 holds.
+            d_states, d_weight = ((at_least_float32(part) * gradient).to(part.dtype) for part in (d_states, d_weight))
+        return d_states, d_weight, None, None, None, None
 
 
-def _loss_and_gradient_(logits: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Summed loss of (rows, vocab_size) logits, which are overwritten with `share` x its gradient."""
+def loss_and_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label] x weight over rows; `logits` (rows, vocab_size) are overwritten with its gradient.
+
+    Labels, (rows,), lie in the vocabulary also where the weight, (rows,) float32, is 0.
+    """
+    if has_gpu_kernels(logits.device, logits.dtype):
+        return triton_loss.loss_and_gradient_(logits, labels, weights)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     step = FLOAT_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for first in range(0, len(logits), step):
         rows = slice(first, first + step)
-        probability, index = torch.softmax(logits[rows], -1, dtype=torch.float32), labels[rows, None]
-        total -= probability.gather(1, index).clamp_min_(SMALLEST_PROBABILITY).log_().sum()
+        probability, index, scale = torch.softmax(logits[rows], -1, dtype=torch.float32), labels[rows, None], weights[rows, None]
+        total -= (probability.gather(1, index).clamp_min_(SMALLEST_PROBABILITY).log_() * scale).sum()
         probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-        logits[rows] = probability.mul_(share)
+        logits[rows] = probability.mul_(scale)
     return total

@@ -15,7 +15,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from src.config import TrainingSettings
+from src.cuda_graphs import RecordedPass, can_record
 from src.environment import best_precision
+from src.packing import IGNORED
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,6 +59,8 @@ class StepGradients:
         self.settings = settings
         self.micro_rows = settings.rows_per_micro_batch
         self.ready: tuple[object, list[dict[str, torch.Tensor]]] = (None, [])
+        self.records = settings.cuda_graphs and can_record(self.device, self.accelerator.num_processes)
+        self.recorded: RecordedPass | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,28 +89,45 @@ class StepGradients:
                     cure = "lower rows_per_micro_batch or the row lengths"
                     raise TrainingError(f"out of memory with {self.micro_rows} row(s) at a time: {cure}") from error
             self.micro_rows //= 2
+            self.recorded = None
             print(f"out of memory: going on with {self.micro_rows} rows at a time, the global batch stays {self.settings.rows_per_step}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _backward(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
-        processes = self.accelerator.num_processes
-        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))  # dropout
         self.model.train()
-        self.model.zero_grad(set_to_none=True)
         num_labels = max(1, epoch.num_labels(start, stop))
         batches, weight = self._batches(epoch, start, stop)
+        if self.records:
+            batches = [padded(batch, self.micro_rows) | {"num_items_in_batch": torch.tensor(num_labels)} for batch in batches]
+            self.recorded = self.recorded or RecordedPass(self._pass, batches[0])
+        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))  # dropout
+        self._clear()
         total, tokens = torch.zeros((), device=self.device), 0.0
         for number, batch in enumerate(batches, 1):
             tokens += weight * count_tokens(batch)
+            if self.recorded is not None:
+                total += self.recorded(batch)
+                continue
             batch = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
-                with self.autocast():
-                    loss = self.model(**batch, num_items_in_batch=num_labels).loss * weight
-                # Gradients are averaged over processes, and the loss is to be summed.
-                self.accelerator.backward(self.scaler.scale(loss * processes))
-            total += loss.detach().float()
+                total += self._pass(batch | {"num_items_in_batch": num_labels}, weight)
         return total, tokens
+
+    def _clear(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.recorded is None:
+            self.model.zero_grad(set_to_none=True)
+        elif gradients:  # what is recorded adds to these very tensors
+            torch._foreach_zero_(gradients)
+
+    def _pass(self, inputs: Mapping[str, torch.Tensor | int], weight: float = 1.0) -> torch.Tensor:
+        """Add one micro-batch's gradient; returns its loss, float32."""
+        with self.autocast():
+            loss = self.model(**inputs).loss * weight
+        # Gradients are averaged over processes, and the loss is to be summed.
+        self.accelerator.backward(self.scaler.scale(loss * self.accelerator.num_processes))
+        return loss.detach().float()
 
     def _batches(self, epoch: Epoch, start: int, stop: int) -> tuple[list[dict[str, torch.Tensor]], float]:
         """This process's micro-batches, and their weight: 0 where there are more processes than rows, to take part all the same."""
@@ -115,7 +136,10 @@ class StepGradients:
         weight = float(first < last)
         bounds = [(row, min(row + self.micro_rows, last)) for row in range(first, last, self.micro_rows)] or [(start, start + 1)]
         if self.ready[0] != (id(epoch), bounds):
-            self.ready = ((id(epoch), bounds), [epoch.batch(*bound) for bound in bounds])
+            batches = [epoch.batch(*bound) for bound in bounds]
+            if self.device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is at
+                batches = [{key: values.pin_memory() for key, values in batch.items()} for batch in batches]
+            self.ready = ((id(epoch), bounds), batches)
         return self.ready[1], weight
 
     def prepare(self, epoch: Epoch, start: int, stop: int) -> None:
@@ -136,6 +160,15 @@ class StepGradients:
 def step_seed(seed: int, step: int, process: int) -> int:
     """Seed of one step's random numbers on one process: nothing to save, nothing to lose."""
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def padded(batch: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """A packed batch of `rows` rows, the last of which hold no example where it has fewer."""
+    missing = rows - len(next(iter(batch.values())))
+    return {
+        key: nn.functional.pad(values, (0, 0, 0, missing), value=IGNORED if key == "labels" else 0) if missing else values
+        for key, values in batch.items()
+    }
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:

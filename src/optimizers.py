@@ -54,24 +54,26 @@ class RMSScaledOptimizer(torch.optim.Optimizer):
 
 def adam_step(parameters: Iterable[torch.Tensor], states: Mapping, group: dict) -> None:
     """PyTorch's fused AdamW at the rate `lr * size`; its decay is a share of that rate, so `size` is taken out of it again."""
+    by_size: dict[float, list[torch.Tensor]] = {}  # what starts at one size, as all norms do, takes its step together
     for parameter in parameters:
         state = states[parameter]
+        by_size.setdefault(state["size"], []).append(parameter)
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for size, alike in by_size.items():
         adamw(
-            [parameter],
-            [parameter.grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            alike,
+            [parameter.grad for parameter in alike],
+            *([states[parameter][name] for parameter in alike] for name in ("exp_avg", "exp_avg_sq")),
             [],
-            [state["step"]],
+            [states[parameter]["step"] for parameter in alike],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"] * state["size"],
-            weight_decay=group["weight_decay"] / state["size"],
+            lr=group["lr"] * size,
+            weight_decay=group["weight_decay"] / size,
             eps=group["eps"],
             maximize=False,
         )

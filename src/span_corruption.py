@@ -11,6 +11,7 @@ spans lie is random, uniformly over all masks with those counts: unlike the refe
 token and masks the last one, a short text is masked anywhere.
 """
 
+import functools
 from typing import TypeVar
 
 import numpy as np
@@ -42,6 +43,9 @@ def noise_counts(length: IntOrArray, noise_density: float, mean_noise_span_lengt
     return (noise_tokens, spans) if isinstance(length, np.ndarray) else (int(noise_tokens), int(spans))
 
 
+_counts_of = functools.cache(noise_counts)  # of one length: most windows have the same
+
+
 def corrupted_lengths(length: IntOrArray, noise_density: float, mean_noise_span_length: float) -> tuple[IntOrArray, IntOrArray]:
     """Tokens of (inputs, targets) after corruption, eos included: `corrupted_lengths(568, 0.15, 3.0) == (512, 114)`."""
     noise_tokens, spans = noise_counts(length, noise_density, mean_noise_span_length)
@@ -66,7 +70,7 @@ def noise_mask(length: int, noise_density: float, mean_noise_span_length: float,
     Returns:
         bool (length,): True where a token is masked.
     """
-    noise_tokens, spans = noise_counts(length, noise_density, mean_noise_span_length)
+    noise_tokens, spans = _counts_of(length, noise_density, mean_noise_span_length)
     noise_lengths = _random_composition(noise_tokens, spans, rng)  # (spans,)
     # The gaps before the first and after the last span may be empty, the ones between spans may not.
     gap_lengths = _random_composition(length - noise_tokens + 2, spans + 1, rng)  # (spans + 1,)
@@ -78,8 +82,12 @@ def noise_mask(length: int, noise_density: float, mean_noise_span_length: float,
 
 def _random_composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     """Split `total` into `parts` positive whole numbers, all ways equally likely: int64 (parts,)."""
-    cuts = np.sort(rng.choice(total - 1, size=parts - 1, replace=False)) + 1
-    return np.diff(cuts, prepend=0, append=total)
+    bounds = np.empty(parts + 1, dtype=np.int64)
+    bounds[0], bounds[-1] = 0, total
+    bounds[1:-1] = rng.choice(total - 1, size=parts - 1, replace=False)
+    bounds[1:-1].sort()
+    bounds[1:-1] += 1
+    return bounds[1:] - bounds[:-1]
 
 
 def corrupt(
@@ -98,7 +106,8 @@ def corrupt(
         SpanCorruptionError: more spans than sentinels.
     """
     tokens = token_ids.astype(np.int64)
-    span_starts = mask & ~np.concatenate(([False], mask[:-1]))  # (length,)
+    span_starts = mask.copy()  # (length,)
+    span_starts[1:] &= ~mask[:-1]
     starts = np.flatnonzero(span_starts)  # (spans,)
     if len(starts) > num_sentinels:
         raise SpanCorruptionError(f"{len(starts)} masked spans and {num_sentinels} sentinels: shorten the window or add sentinels")
@@ -106,8 +115,11 @@ def corrupt(
     inputs = tokens.copy()
     inputs[starts] = sentinels
     masked_before_span = np.cumsum(mask)[starts] - 1  # (spans,): where in the masked tokens each span begins
-    targets = np.insert(tokens[mask], masked_before_span, sentinels)
-    return np.append(inputs[~mask | span_starts], eos_id), np.append(targets, eos_id)
+    is_sentinel = np.zeros(int(mask.sum()) + len(starts) + 1, dtype=bool)
+    is_sentinel[masked_before_span + np.arange(len(starts))] = True
+    targets = np.empty(len(is_sentinel), dtype=np.int64)
+    targets[is_sentinel], targets[~is_sentinel] = sentinels, np.append(tokens[mask], eos_id)
+    return np.append(inputs[~mask | span_starts], eos_id), targets
 
 
 def reconstruct(inputs: np.ndarray, targets: np.ndarray, first_sentinel_id: int, num_sentinels: int) -> np.ndarray:

@@ -228,7 +228,7 @@ class TokenizedDocuments:
         """Memory-map `<split>_tokens.npy` and read `<split>_offsets.npy`."""
         folder = Path(folder)
         tokens = np.load(folder / f"{split}_tokens.npy", mmap_mode="r", allow_pickle=False)
-        return cls(tokens, np.load(folder / f"{split}_offsets.npy", allow_pickle=False))
+        return cls(tokens.view(np.ndarray), np.load(folder / f"{split}_offsets.npy", allow_pickle=False))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -13,6 +13,7 @@ from src.triton_kernels import backward_bias, backward_keys, backward_queries, f
 
 HEAD_WIDTHS = (16, 32, 64, 128)  # a tile holds whole heads, and its sides are powers of two
 BLOCK = 64  # queries and keys of a tile
+BIAS_PROGRAMS = 1024  # that share the work of the bias' gradient: several for each multiprocessor
 
 
 # Operators of their own, so that a compiler takes them as they are.
@@ -33,17 +34,18 @@ def packed_attention(
 
     Returns:
         The output, like `query`, zero where a query meets no key; log2 of the softmax's sums, float32 (batch, heads,
-        query_length); and the seed that dropout drew, int64 (1,) on the CPU: both are for the backward pass.
+        query_length); and the seed that dropout drew, int64 (1,): both are for the backward pass.
     """
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     output = torch.empty_like(query)
     normaliser = query.new_empty((len(query), heads, query.shape[1]), dtype=torch.float32)
-    seed = torch.randint(2**31 - 1, (1,)) if rate else torch.zeros(1, dtype=torch.int64)
+    seed = torch.randint(2**31 - 1, (1,), device=query.device) if rate else query.new_zeros(1, dtype=torch.int64)
     inputs = _kernel_inputs(query, key, value, bias, query_segments, key_segments)
     grid = (triton.cdiv(query.shape[1], BLOCK), len(query) * heads)
+    even = query.shape[1] % BLOCK == 0 and key.shape[1] % BLOCK == 0
     forward[grid](
-        *inputs, output, normaliser, query.shape[1], key.shape[1], heads, int(seed), rate, query.shape[2] // heads, bias is not None,
-        causal, rate > 0, BLOCK, triton.next_power_of_2(key.shape[1]), num_stages=2,
+        *inputs, output, normaliser, query.shape[1], key.shape[1], heads, seed, rate, query.shape[2] // heads, bias is not None,
+        causal, rate > 0, even, BLOCK, triton.next_power_of_2(key.shape[1]), num_stages=3,
     )  # fmt: skip
     return output, normaliser, seed
 
@@ -51,7 +53,7 @@ def packed_attention(
 @packed_attention.register_fake
 def _(query, key, value, bias, query_segments, key_segments, causal, heads, rate):
     normaliser = query.new_empty((query.shape[0], heads, query.shape[1]), dtype=torch.float32)
-    return query.new_empty(query.shape), normaliser, torch.empty(1, dtype=torch.int64)
+    return query.new_empty(query.shape), normaliser, query.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("market_news_t5::packed_attention_backward", mutates_args=())
@@ -63,25 +65,27 @@ def packed_attention_backward(
     gradient, query, key, value = (part.contiguous() for part in (gradient.to(query.dtype), query, key, value))
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     rows, query_length, key_length, d_kv = len(query), query.shape[1], key.shape[1], query.shape[2] // heads
-    delta = (gradient.float() * output).unflatten(-1, (heads, d_kv)).sum(-1).transpose(1, 2).contiguous()  # (batch, heads, query_length)
-    inputs = _kernel_inputs(query, key, value, bias, query_segments, key_segments)
-    inputs = (*inputs, gradient, normaliser, delta)
-    lengths, draws = (query_length, key_length, heads), (int(seed), rate, d_kv)
-    options = (bias is not None, causal, rate > 0, BLOCK)
+    delta = torch.empty_like(normaliser)  # sum of output x its gradient: (batch, heads, query_length)
+    inputs = (*_kernel_inputs(query, key, value, bias, query_segments, key_segments), gradient, normaliser, delta)
+    lengths, draws = (query_length, key_length, heads), (seed, rate, d_kv)
+    even = query_length % BLOCK == 0 and key_length % BLOCK == 0
+    options = (bias is not None, causal, rate > 0, even, BLOCK)
     blocks = triton.cdiv(query_length, BLOCK), triton.cdiv(key_length, BLOCK)
     powers = triton.next_power_of_2(query_length), triton.next_power_of_2(key_length)
-    backward_keys[blocks[1], rows * heads](*inputs, d_key, d_value, *lengths, *draws, *options, powers[0], num_stages=2)
-    backward_queries[blocks[0], rows * heads](*inputs, d_query, *lengths, *draws, *options, powers[1], num_stages=2)
-    d_bias = query.new_empty(_bias_shape(query, key, bias, heads), dtype=torch.float32)
-    if bias is not None:
-        backward_bias[(*blocks, heads)](*inputs, d_bias, rows, *lengths, *draws, causal, rate > 0, BLOCK, num_stages=2)
-        d_bias = d_bias.to(bias.dtype)
-    return d_query, d_key, d_value, d_bias
+    backward_queries[blocks[0], rows * heads](*inputs, output, d_query, *lengths, *draws, *options, powers[1], num_stages=1)
+    backward_keys[blocks[1], rows * heads](*inputs, d_key, d_value, *lengths, *draws, *options, powers[0], num_stages=3)
+    if bias is None:
+        return d_query, d_key, d_value, query.new_empty(0, dtype=torch.float32)
+    shares = min(rows, triton.cdiv(BIAS_PROGRAMS, blocks[0] * blocks[1] * heads))
+    parts = query.new_empty((shares, heads, query_length, key_length), dtype=torch.float32)
+    grid = (*blocks, heads * shares)
+    backward_bias[grid](*inputs, parts, rows, shares, *lengths, *draws, *options[1:], num_stages=1)
+    return d_query, d_key, d_value, parts.sum(0, keepdim=True).to(bias.dtype)
 
 
 @packed_attention_backward.register_fake
 def _(gradient, query, key, value, bias, query_segments, key_segments, output, normaliser, seed, causal, heads, rate):
-    d_bias = query.new_empty(_bias_shape(query, key, bias, heads), dtype=torch.float32 if bias is None else bias.dtype)
+    d_bias = query.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return *(part.new_empty(part.shape) for part in (query, key, value)), d_bias
 
 
@@ -104,7 +108,3 @@ packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
 def _kernel_inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *segments: Tensor) -> tuple[Tensor, ...]:
     """What every kernel reads first; where there is no bias, something stands in its place that is never read."""
     return query, key, value, query if bias is None else bias.to(query.dtype).contiguous(), *(ids.contiguous() for ids in segments)
-
-
-def _bias_shape(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> tuple[int, ...]:
-    return (0,) if bias is None else (1, heads, query.shape[1], key.shape[1])

@@ -1,10 +1,10 @@
 """The GPU kernels of packed attention in Triton: one forward, three backward.
 
 A tile of scores lives in registers (online softmax: arXiv 2205.14135, algorithm 1; backward: arXiv 2307.08691, algorithm 2), the mask
-comes from segment ids, and keys of other segments are skipped. The gradient of the bias has a kernel of its own that sums over the batch
-before it writes: the price is one more computation of the scores, where atomic additions would wait for each other.
+comes from segment ids, and keys of other segments are skipped. The gradient of the bias has a kernel of its own that sums over a share of
+the batch before it writes: the price is one more computation of the scores, where atomic additions would wait for each other.
 
-`src.triton_attention` calls them, with grids of (blocks, rows x heads), or (blocks, blocks, heads) for the bias.
+`src.triton_attention` calls them, with grids of (blocks, rows x heads), or (blocks, blocks, heads x shares) for the bias.
 """
 
 import triton
@@ -54,23 +54,30 @@ def _visible(segments, others_pointer, length, power_of_two: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, bias, queries, keys, query_segments, key_segments, query_length, key_length, biased: tl.constexpr, causal: tl.constexpr):
-    """log2(e) x (Q K^T + bias), -inf where query and key may not meet: float32 (queries, keys)."""
+def _scores(
+    q, k, bias, queries, keys, query_segments, key_segments, query_length, key_length,
+    biased: tl.constexpr, causal: tl.constexpr, even: tl.constexpr,
+):  # fmt: skip
+    """Q K^T + bias, -inf where query and key may not meet: float32 (queries, keys). `even`: no tile reaches beyond the end."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if biased:
-        inside = (queries[:, None] < query_length) & (keys[None, :] < key_length)
-        scores += tl.load(bias + queries[:, None] * key_length + keys[None, :], mask=inside, other=0.0).to(tl.float32)
-    meet = (query_segments[:, None] == key_segments[None, :]) & (query_segments[:, None] >= 0)
+        places = bias + queries[:, None] * key_length + keys[None, :]
+        if even:
+            added = tl.load(places)
+        else:
+            added = tl.load(places, mask=(queries[:, None] < query_length) & (keys[None, :] < key_length), other=0.0)
+        scores += added.to(tl.float32)
+    meet = query_segments[:, None] == key_segments[None, :]  # beyond the end stand -1 and -2, which differ
     if causal:
         meet = meet & (queries[:, None] >= keys[None, :])
-    return tl.where(meet, scores * LOG2_E, -float("inf"))
+    return tl.where(meet, scores, -float("inf"))
 
 
 @triton.jit
 def _kept(seed, rate, row_head, queries, keys, query_length, key_length):
     """Which attention weights dropout keeps: a function of the seed and the place, so that the backward pass draws the same."""
     place = (row_head * query_length + queries[:, None]) * key_length + keys[None, :]
-    return tl.rand(seed, place) >= rate
+    return tl.rand(tl.load(seed), place) >= rate
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def _score_gradients(
     scores, log_total, d_output, v, delta, seed, rate, row_head, queries, keys, query_length, key_length, dropout: tl.constexpr
 ):
     """Gradients of the scores, and the weights that multiplied V: float32 (queries, keys) both."""
-    p = tl.exp2(scores - log_total[:, None])
+    p = tl.exp2(scores * LOG2_E - log_total[:, None])
     d_weights, weights = tl.dot(d_output, tl.trans(v), input_precision="ieee"), p
     if dropout:
         scale = tl.where(_kept(seed, rate, row_head, queries, keys, query_length, key_length), 1 / (1 - rate), 0.0)
@@ -96,7 +103,8 @@ def _score_gradients(
 @triton.jit
 def forward(
     query, key, value, bias, query_segments, key_segments, output, normaliser, query_length, key_length, heads, seed, rate,
-    d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr, power_of_two: tl.constexpr,
+    d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, even: tl.constexpr, block: tl.constexpr,
+    power_of_two: tl.constexpr,
 ):  # fmt: skip
     row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     query, output, key, value = query + of_queries, output + of_queries, key + of_keys, value + of_keys
@@ -115,10 +123,10 @@ def forward(
         keys = first + tl.arange(0, block)
         theirs = tl.load(key_segments + keys, mask=keys < key_length, other=-2)
         k = _rows(key, keys, key_length, width, d_kv)
-        scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, biased, causal)
+        scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, biased, causal, even)
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)  # a query that has met no key yet
-        weights, rescale = tl.exp2(scores - shift[:, None]), tl.exp2(highest - shift)
+        weights, rescale = tl.exp2(scores * LOG2_E - (shift * LOG2_E)[:, None]), tl.exp2((highest - shift) * LOG2_E)
         total = total * rescale + tl.sum(weights, 1)
         if dropout:
             kept = _kept(seed, rate, row_head, queries, keys, query_length, key_length)
@@ -129,15 +137,15 @@ def forward(
     met = total > 0
     total = tl.where(met, total, 1.0)
     _store_rows(output, context / total[:, None], queries, query_length, width, d_kv)
-    log_total = tl.where(met, highest + tl.log2(total), float("inf"))  # infinite: every weight comes out as 0
+    log_total = tl.where(met, highest * LOG2_E + tl.log2(total), float("inf"))  # infinite: every weight comes out as 0
     tl.store(normaliser + row_head * query_length + queries, log_total, mask=queries < query_length)
 
 
 @triton.jit
 def backward_keys(
     query, key, value, bias, query_segments, key_segments, d_output, normaliser, delta, d_key, d_value, query_length, key_length, heads,
-    seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr,
-    power_of_two: tl.constexpr,
+    seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, even: tl.constexpr,
+    block: tl.constexpr, power_of_two: tl.constexpr,
 ):  # fmt: skip
     row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     query, d_output, key, value = query + of_queries, d_output + of_queries, key + of_keys, value + of_keys
@@ -154,7 +162,7 @@ def backward_keys(
         queries = first + tl.arange(0, block)
         theirs = tl.load(query_segments + queries, mask=queries < query_length, other=-1)
         q, d_o = _rows(query, queries, query_length, width, d_kv), _rows(d_output, queries, query_length, width, d_kv)
-        scores = _scores(q, k, bias, queries, keys, theirs, own, query_length, key_length, biased, causal)
+        scores = _scores(q, k, bias, queries, keys, theirs, own, query_length, key_length, biased, causal, even)
         log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
         d_scores, weights = _score_gradients(
             scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout
@@ -167,9 +175,9 @@ def backward_keys(
 
 @triton.jit
 def backward_queries(
-    query, key, value, bias, query_segments, key_segments, d_output, normaliser, delta, d_query, query_length, key_length, heads,
-    seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr,
-    power_of_two: tl.constexpr,
+    query, key, value, bias, query_segments, key_segments, d_output, normaliser, delta, output, d_query, query_length, key_length,
+    heads, seed, rate, d_kv: tl.constexpr, biased: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, even: tl.constexpr,
+    block: tl.constexpr, power_of_two: tl.constexpr,
 ):  # fmt: skip
     row_head, row, head, width, of_queries, of_keys = _place(query_length, key_length, heads, d_kv)
     key, value = key + of_keys, value + of_keys
@@ -179,7 +187,11 @@ def backward_queries(
     own = tl.load(query_segments + row * query_length + queries, mask=queries < query_length, other=-1)
     q = _rows(query + of_queries, queries, query_length, width, d_kv)
     d_o = _rows(d_output + of_queries, queries, query_length, width, d_kv)
-    log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
+    output = _rows(output + of_queries, queries, query_length, width, d_kv)
+    d = tl.sum(d_o.to(tl.float32) * output.to(tl.float32), 1)
+    inside, places = queries < query_length, row_head * query_length + queries
+    tl.store(delta + places, d, mask=inside)  # for the kernels that follow
+    log_total = tl.load(normaliser + places, mask=inside, other=float("inf"))
     begin, end = _visible(own, key_segments, key_length, power_of_two)
     if causal:
         end = tl.minimum(end, (tl.program_id(0) + 1) * block)
@@ -188,7 +200,7 @@ def backward_queries(
         keys = first + tl.arange(0, block)
         theirs = tl.load(key_segments + keys, mask=keys < key_length, other=-2)
         k, v = _rows(key, keys, key_length, width, d_kv), _rows(value, keys, key_length, width, d_kv)
-        scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, biased, causal)
+        scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, biased, causal, even)
         d_scores, _ = _score_gradients(scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout)
         gradient = tl.dot(d_scores.to(k.dtype), k, gradient, input_precision="ieee")
     _store_rows(d_query + of_queries, gradient, queries, query_length, width, d_kv)
@@ -196,19 +208,19 @@ def backward_queries(
 
 @triton.jit
 def backward_bias(
-    query, key, value, bias, query_segments, key_segments, d_output, normaliser, delta, d_bias, rows, query_length, key_length, heads,
-    seed, rate, d_kv: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, block: tl.constexpr,
+    query, key, value, bias, query_segments, key_segments, d_output, normaliser, delta, d_bias, rows, shares, query_length, key_length,
+    heads, seed, rate, d_kv: tl.constexpr, causal: tl.constexpr, dropout: tl.constexpr, even: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    head, width = tl.program_id(2), heads * d_kv
+    head, share, width = tl.program_id(2) // shares, tl.program_id(2) % shares, heads * d_kv
     bias += head * query_length * key_length
     queries = tl.program_id(0) * block + tl.arange(0, block)
     keys = tl.program_id(1) * block + tl.arange(0, block)
     inside, key_inside = queries < query_length, keys < key_length
     gradient = tl.zeros((block, block), tl.float32)
-    last_row = rows
+    first_row, last_row = rows * share // shares, rows * (share + 1) // shares
     if causal:
-        last_row = tl.where(tl.program_id(1) > tl.program_id(0), 0, rows)  # no key of this tile comes before a query of it
-    for row in tl.range(0, last_row):
+        last_row = tl.where(tl.program_id(1) > tl.program_id(0), 0, last_row)  # no key of this tile comes before a query of it
+    for row in tl.range(first_row, last_row):
         own = tl.load(query_segments + row * query_length + queries, mask=inside, other=-1)
         theirs = tl.load(key_segments + row * key_length + keys, mask=key_inside, other=-2)
         apart = (tl.min(tl.where(own >= 0, own, NOWHERE), 0) > tl.max(theirs, 0)) | (
@@ -219,11 +231,11 @@ def backward_bias(
             row_head = row * heads + head
             q, k = _rows(query + of_queries, queries, query_length, width, d_kv), _rows(key + of_keys, keys, key_length, width, d_kv)
             v, d_o = _rows(value + of_keys, keys, key_length, width, d_kv), _rows(d_output + of_queries, queries, query_length, width, d_kv)
-            scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, True, causal)
+            scores = _scores(q, k, bias, queries, keys, own, theirs, query_length, key_length, True, causal, even)
             log_total, d = _softmax_state(normaliser, delta, row_head, queries, query_length)
             d_scores, _ = _score_gradients(
                 scores, log_total, d_o, v, d, seed, rate, row_head, queries, keys, query_length, key_length, dropout
             )
             gradient += d_scores
-    where = d_bias + (head * query_length + queries[:, None]) * key_length + keys[None, :]
+    where = d_bias + ((share * heads + head) * query_length + queries[:, None]) * key_length + keys[None, :]
     tl.store(where, gradient, mask=inside[:, None] & key_inside[None, :])

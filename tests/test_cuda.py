@@ -1,6 +1,7 @@
 """What only a GPU can show: 16-bit training as exact as the plain formula in the same format, and the loop's promises there."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import T5Config
 from src import fast_attention
 from src.compilation import compiled_blocks
 from src.config import FinetuningSettings
+from src.cuda_graphs import RecordedPass
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer
 from tests import tiny_run
@@ -69,6 +71,39 @@ def test_the_loop_learns_and_resumes_in_every_format(tmp_path, capsys, precision
     assert "resumed at step 20" in capsys.readouterr().out
     assert resumed.state.step == whole.state.step
     assert [record["loss"] for record in resumed.log if "loss" in record] == pytest.approx(losses, rel=1e-2)
+
+
+@pytest.mark.parametrize(("precision", "compiled"), [("bf16", False), ("fp16", False), ("bf16", True)])
+def test_recorded_passes_train_as_launched_ones(tmp_path, monkeypatch, precision, compiled):
+    """Breaks when a replay reads an old batch, adds to gradients that were not cleared, or divides by another step's labels.
+
+    A step takes three micro-batches, the last of them short, and an epoch several steps.
+    """
+    monkeypatch.setattr(tiny_run, "MODEL", replace(tiny_run.MODEL, d_kv=16))  # a width that our kernel takes
+    options = {"precision": precision, "compile": compiled, "dropout": 0.0, "rows_per_step": 6, "rows_per_micro_batch": 2}
+    launched, recorded = (tiny_run.run(tmp_path / name, cuda_graphs=name == "recorded", **options).log for name in ("launched", "recorded"))
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(launched, recorded, strict=True) if "loss" in a]
+    assert pairs[-1][0] < pairs[0][0]
+    assert all(b == pytest.approx(a, rel=1e-2) for a, b in pairs)
+
+
+def test_recorded_passes_draw_new_dropout():
+    """Breaks when the seed of the recording is replayed: on one batch losses would agree."""
+    model, batch = model_and_batch()
+    model.config.dropout_rate = 0.3
+    model = T5ForConditionalGeneration(model.config).cuda().train()
+
+    def work(inputs):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    recorded, losses = RecordedPass(work, batch | {"num_items_in_batch": torch.tensor(100)}), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        losses.append(float(recorded(batch)))
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_out_of_memory_halves_the_micro_batch(tmp_path, monkeypatch, capsys):

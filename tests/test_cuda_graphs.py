@@ -1,0 +1,51 @@
+"""Recording a training pass, as far as it shows without a GPU; tests/test_cuda.py has the rest."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from src import gradients
+from src.modeling_t5 import T5ForConditionalGeneration
+from tests import tiny_run
+
+
+class LaunchedPass:
+    """What `RecordedPass` promises, launched each time: one set of inputs that is written over, and gradients that are added to."""
+
+    def __init__(self, work, inputs):
+        self.work, self.inputs = work, {name: values.clone() for name, values in inputs.items()}
+        work(self.inputs)
+
+    def __call__(self, inputs):
+        for name, values in inputs.items():
+            self.inputs[name].copy_(values)
+        return self.work(self.inputs)
+
+
+def test_the_loop_can_train_by_recorded_passes(tmp_path, monkeypatch):
+    """Breaks when a short micro-batch is not filled up or counts in the loss, gradients are not cleared in place, or a pass divides
+    by another step's number of labels. A step takes three micro-batches, and the first step's last is short.
+    """
+    options = {"dropout": 0.0, "rows_per_step": 6, "rows_per_micro_batch": 2}
+    expected = tiny_run.run(tmp_path / "expected", **options).log
+    monkeypatch.setattr(gradients, "RecordedPass", LaunchedPass)
+    monkeypatch.setattr(gradients, "can_record", lambda *_: True)
+    found = tiny_run.run(tmp_path / "found", cuda_graphs=True, **options).log
+    for a, b in zip(expected, found, strict=True):
+        assert {key: b[key] for key in a if key not in tiny_run.CLOCKS} == pytest.approx(
+            {key: a[key] for key in a if key not in tiny_run.CLOCKS}, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_training_pass_never_waits_for_its_device(monkeypatch, dropout):
+    """Breaks when forward or backward ask the device for a value, which no recording survives: a tensor on `meta` has none to give."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    config = tiny_run.new_model(replace(tiny_run.MODEL, dropout_rate=dropout), tiny_run.FixedVocabulary(), seed=0).config
+    model = T5ForConditionalGeneration(config).to("meta").train()
+    batch = {key: values.to("meta") for key, values in tiny_run.source().epoch(0).batch(0, 2).items()}
+    model(**batch, num_items_in_batch=torch.ones((), dtype=torch.int64, device="meta")).loss.backward()
+    assert model.lm_head.weight.grad is not None
