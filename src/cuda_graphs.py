@@ -23,7 +23,7 @@ class RecordedPass:
     Args:
         work: launches the same kernels whatever the values of its inputs, and never waits for the device. It runs some times here,
             so what it adds to gradients is to be cleared afterwards, in place.
-        inputs: tensors by name; later ones have the same names and shapes.
+        inputs: tensors by name.
     """
 
     def __init__(self, work: Callable[[dict[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]) -> None:
@@ -37,8 +37,12 @@ class RecordedPass:
         with torch.cuda.graph(self.graph, stream=stream):
             self.output = work(self.inputs)
 
+    def takes(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether these inputs have the names and shapes that it was recorded with."""
+        return {name: values.shape for name, values in inputs.items()} == {name: values.shape for name, values in self.inputs.items()}
+
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What `work` returns for these inputs, which may lie on the CPU; the next call overwrites it."""
+        """What `work` returns for inputs that it `takes`, which may lie on the CPU; the next call overwrites it."""
         for name, values in inputs.items():
             self.inputs[name].copy_(values, non_blocking=True)
         self.graph.replay()

@@ -100,7 +100,7 @@ class StepGradients:
         batches, weight = self._batches(epoch, start, stop)
         if self.records:
             batches = [padded(batch, self.micro_rows) | {"num_items_in_batch": torch.tensor(num_labels)} for batch in batches]
-            self.recorded = self.recorded or RecordedPass(self._pass, batches[0])
+            self._record(batches[0])
         torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))  # dropout
         self._clear()
         total, tokens = torch.zeros((), device=self.device), 0.0
@@ -113,6 +113,11 @@ class StepGradients:
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
                 total += self._pass(batch | {"num_items_in_batch": num_labels}, weight)
         return total, tokens
+
+    def _record(self, batch: Mapping[str, torch.Tensor]) -> None:
+        if self.recorded is None or not self.recorded.takes(batch):
+            self.recorded = None  # its memory goes before the next one's comes
+            self.recorded = RecordedPass(self._pass, batch)
 
     def _clear(self) -> None:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]

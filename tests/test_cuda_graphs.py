@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from src import gradients
+from src import cuda_graphs, gradients
 from src.modeling_t5 import T5ForConditionalGeneration
 from tests import tiny_run
 
 
-class LaunchedPass:
-    """What `RecordedPass` promises, launched each time: one set of inputs that is written over, and gradients that are added to."""
+class LaunchedPass(cuda_graphs.RecordedPass):
+    """What a recording promises, launched each time: one set of inputs that is written over, and gradients that are added to."""
 
     def __init__(self, work, inputs):
         self.work, self.inputs = work, {name: values.clone() for name, values in inputs.items()}
