@@ -126,7 +126,13 @@ PROFILES = {
     "small": Settings(
         profile="small",
         pretraining=PretrainingSettings(
-            rows_per_step=64, rows_per_micro_batch=64, max_epochs=5, warmup_steps=100, evaluate_every=500, checkpoint_every=500
+            rows_per_step=64,
+            rows_per_micro_batch=64,
+            max_epochs=5,
+            warmup_steps=100,
+            evaluate_every=500,
+            checkpoint_every=500,
+            compile=True,
         ),
         classification=SHORT_ROWS_FINETUNING,
         text_to_text=SHORT_ROWS_FINETUNING,
