@@ -1,7 +1,8 @@
 """Cross-entropy of the language modelling head without logits of all positions in memory.
 
-Positions whose label is ignored are left out, the rest go through the head in chunks, and the gradients of a chunk are taken while
-its logits are there. Costs the same three products as the plain way; the plain way is `modeling_t5.mean_loss(lm_head(states), labels)`.
+Positions go through the head in chunks, and the gradients of a chunk are taken while its logits are there. Those whose label is ignored
+are left out on a CPU, and elsewhere multiplied by 0, for choosing them would wait for the device. Costs the same three products as the
+plain way; the plain way is `modeling_t5.mean_loss(lm_head(states), labels)`.
 """
 
 import torch

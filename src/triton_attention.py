@@ -42,10 +42,9 @@ def packed_attention(
     seed = torch.randint(2**31 - 1, (1,), device=query.device) if rate else query.new_zeros(1, dtype=torch.int64)
     inputs = _kernel_inputs(query, key, value, bias, query_segments, key_segments)
     grid = (triton.cdiv(query.shape[1], BLOCK), len(query) * heads)
-    even = query.shape[1] % BLOCK == 0 and key.shape[1] % BLOCK == 0
     forward[grid](
         *inputs, output, normaliser, query.shape[1], key.shape[1], heads, seed, rate, query.shape[2] // heads, bias is not None,
-        causal, rate > 0, even, BLOCK, triton.next_power_of_2(key.shape[1]), num_stages=3,
+        causal, rate > 0, _even(query, key), BLOCK, triton.next_power_of_2(key.shape[1]), num_stages=3,
     )  # fmt: skip
     return output, normaliser, seed
 
@@ -68,8 +67,7 @@ def packed_attention_backward(
     delta = torch.empty_like(normaliser)  # sum of output x its gradient: (batch, heads, query_length)
     inputs = (*_kernel_inputs(query, key, value, bias, query_segments, key_segments), gradient, normaliser, delta)
     lengths, draws = (query_length, key_length, heads), (seed, rate, d_kv)
-    even = query_length % BLOCK == 0 and key_length % BLOCK == 0
-    options = (bias is not None, causal, rate > 0, even, BLOCK)
+    options = (bias is not None, causal, rate > 0, _even(query, key), BLOCK)
     blocks = triton.cdiv(query_length, BLOCK), triton.cdiv(key_length, BLOCK)
     powers = triton.next_power_of_2(query_length), triton.next_power_of_2(key_length)
     backward_queries[blocks[0], rows * heads](*inputs, output, d_query, *lengths, *draws, *options, powers[1], num_stages=1)
@@ -103,6 +101,11 @@ def _backward(ctx, gradient, *_):
 
 
 packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _even(query: Tensor, key: Tensor) -> bool:
+    """Whether tiles end where rows do, so that none needs a check."""
+    return query.shape[1] % BLOCK == 0 and key.shape[1] % BLOCK == 0
 
 
 def _kernel_inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *segments: Tensor) -> tuple[Tensor, ...]:

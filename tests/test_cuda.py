@@ -77,7 +77,7 @@ def test_the_loop_learns_and_resumes_in_every_format(tmp_path, capsys, precision
 def test_recorded_passes_train_as_launched_ones(tmp_path, monkeypatch, precision, compiled):
     """Breaks when a replay reads an old batch, adds to gradients that were not cleared, or divides by another step's labels.
 
-    A step takes three micro-batches, the last of them short, and an epoch several steps.
+    A step takes three micro-batches, the first step's last is short, and an epoch takes several steps.
     """
     monkeypatch.setattr(tiny_run, "MODEL", replace(tiny_run.MODEL, d_kv=16))  # a width that our kernel takes
     options = {"precision": precision, "compile": compiled, "dropout": 0.0, "rows_per_step": 6, "rows_per_micro_batch": 2}
