@@ -91,7 +91,8 @@ def table(names: str) -> str:
     (record,) = records.values()
     result = record.get("result", record)
     lines = models_table(result["models"]) if "models" in result else scalars_table(result) + cases_table(result)
-    return "\n".join([*lines, "", f"`{record['command']}`" + (f", {record['machine']}" if "machine" in record else ""), ""])
+    origin = f"`{record['command']}`" + "".join(f"{mark} {record[key]}" for key, mark in (("machine", ","), ("note", ":")) if key in record)
+    return "\n".join([*lines, "", origin, ""])
 
 
 def render(page: str) -> str:

@@ -19,12 +19,13 @@ def test_pages_show_what_results_hold(page):
 
 
 def test_results_become_tables(tmp_path, monkeypatch):
-    """Single values become rows, measures of the same cases share a table, models become a table, and the command stands below."""
+    """Single values become rows, measures of the same cases share a table, models become a table, command and note stand below."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     record = {
         "command": "python -m benchmarks.speed",
         "machine": "CPU, 2 cores",
+        "note": "one core was busy",
         "result": {"ratio": 1.5, "seconds": {"half": 2.5, "whole": 5.0}, "peak_mb": {"half": 1000, "whole": 1234}, "best": None},
     }
     (tmp_path / "results/speed.json").write_text(json.dumps(record))
@@ -38,7 +39,7 @@ def test_results_become_tables(tmp_path, monkeypatch):
         "| | half | whole |",
         "| peak mb | 1,000 | 1,234 |",
         "| best | not reached |",
-        "`python -m benchmarks.speed`, CPU, 2 cores",
+        "`python -m benchmarks.speed`, CPU, 2 cores: one core was busy",
     ):
         assert line in page
     models = [line for line in page.splitlines() if line.startswith(("| model", "| svm", "| head"))]
