@@ -33,7 +33,7 @@ def copy(trained, tmp_path):
 
 
 def parts(optimizer="adamw_rms_scaled"):
-    model = tiny_run.new_model(tiny_run.MODEL, tiny_run.FixedVocabulary(), seed=0)
+    model = tiny_run.model_with()
     settings = tiny_run.replace(tiny_run.SETTINGS, optimizer=optimizer)
     return model, build_optimizer(model, settings), torch.amp.GradScaler("cpu", enabled=False)
 

@@ -1,7 +1,6 @@
 """Recording a training pass, as far as it shows without a GPU; tests/test_cuda.py has the rest."""
 
 import contextlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def test_a_training_pass_never_waits_for_its_device(monkeypatch, dropout):
     """Breaks when forward or backward ask the device for a value, which no recording survives: a tensor on `meta` has none to give."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast knows no such device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    config = tiny_run.new_model(replace(tiny_run.MODEL, dropout_rate=dropout), tiny_run.FixedVocabulary(), seed=0).config
+    config = tiny_run.model_with(dropout_rate=dropout).config
     model = T5ForConditionalGeneration(config).to("meta").train()
     batch = {key: values.to("meta") for key, values in tiny_run.source().epoch(0).batch(0, 2).items()}
     model(**batch, num_items_in_batch=torch.ones((), dtype=torch.int64, device="meta")).loss.backward()

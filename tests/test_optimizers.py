@@ -16,7 +16,7 @@ RECIPES = ("adamw", "adamw_rms_scaled", "muon", "adafactor_t5")
 
 
 def tiny_model():
-    return tiny_run.new_model(replace(tiny_run.MODEL, dropout_rate=0.0), tiny_run.FixedVocabulary(), seed=0)
+    return tiny_run.model_with(dropout_rate=0.0)
 
 
 def test_first_step_is_relative_to_the_parameter():

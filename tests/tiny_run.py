@@ -60,19 +60,25 @@ def evaluator(settings=SETTINGS):
     return lambda model: {"validation_loss": model(**{key: values.to(model.device) for key, values in batch.items()}).loss.item()}
 
 
+def model_with(**changes):
+    """A new model, the same each time but for `changes` to `MODEL`."""
+    return new_model(replace(MODEL, **changes), FixedVocabulary(), seed=0)
+
+
 def halve(model):
     """First weights that are not those of the seed."""
     with torch.no_grad():
         model.shared.weight.mul_(0.5)
 
 
-def run(folder, dropout=MODEL.dropout_rate, halved=False, **changes):
-    """Train; `changes` to settings. Returns the loop's result."""
+def run(folder, model=None, count=30, evaluate=None, initialise=None, dropout=MODEL.dropout_rate, halved=False, **changes):
+    """Train `model` (None: a new one with `dropout`) on `count` documents; `changes` to settings. Returns the loop's result."""
     torch.set_num_threads(1)
     settings = replace(SETTINGS, **changes)
-    model = new_model(replace(MODEL, dropout_rate=dropout), FixedVocabulary(), seed=0)
-    first = halve if halved else None
-    return training.train(model, source(settings), settings, Path(folder), evaluate=evaluator(settings), initialise=first)
+    model = model_with(dropout_rate=dropout) if model is None else model
+    first = halve if halved else initialise
+    evaluate = evaluate or evaluator(settings)
+    return training.train(model, source(settings, count), settings, Path(folder), evaluate=evaluate, initialise=first)
 
 
 def without_clocks(log):

@@ -1,0 +1,194 @@
+"""A run that is cut off goes on as if it never had been: killed anywhere, asked to stop, finished already, or not the same run."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import checkpoints as checkpoints_module
+from src import verified_folders
+from src.interruption import TrainingInterrupted
+from src.training import TrainingRun
+from tests import tiny_run
+
+RANDOM_KILLS = int(os.environ.get("RANDOM_KILLS", "8"))  # `RANDOM_KILLS=20 make test` for the long version
+
+
+@pytest.fixture(scope="module")
+def children():
+    """Processes that start at once: a server has imported everything and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.tiny_run"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Digests of a run that nothing disturbed."""
+    with redirect_stdout(io.StringIO()):
+        return tiny_run.digests(tiny_run.run(tmp_path_factory.mktemp("uninterrupted")))
+
+
+def child_run(folder, pause=0.0, fault=None, dropped_randomness=False):
+    """In a child: train quietly, dying at `fault`, a (place, call number) pair of `FAULTS`."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        if dropped_randomness:
+            from src import gradients
+
+            gradients.step_seed = lambda seed, step, process: int.from_bytes(os.urandom(4), "little")
+        if pause:
+            tiny_run.slow_down(pause)
+        if fault:
+            die_at(*fault)
+        result = tiny_run.run(folder)
+        (Path(folder) / "result.json").write_text(json.dumps(tiny_run.digests(result)))
+
+
+FAULTS = {
+    "between two steps": (TrainingRun, "take_step"),
+    "in a step, before the weights change": (TrainingRun, "update_weights"),
+    "while a checkpoint is written": (checkpoints_module, "save_tensors"),
+    "before a checkpoint is put in place": (verified_folders, "publish"),
+    "after the last checkpoint": (checkpoints_module.Checkpoints, "load_best"),
+    "at an evaluation": (checkpoints_module.Checkpoints, "save_best"),
+}
+
+
+def die_at(place, call):
+    """Kill this process at the n-th call of a function, as `kill -9` would."""
+    owner, name = FAULTS[place]
+    original, calls = getattr(owner, name), []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, dying)
+
+
+def run_child(children, folder, kill_after=None, **options):
+    """Run one child; returns whether it was killed."""
+    child = children.Process(target=child_run, args=(str(folder),), kwargs=options)
+    child.start()
+    child.join(kill_after)
+    if child.is_alive():
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("between two steps", 1), ("between two steps", 9), ("between two steps", 11), ("in a step, before the weights change", 14),
+        ("while a checkpoint is written", 1), ("while a checkpoint is written", 5), ("before a checkpoint is put in place", 4),
+        ("at an evaluation", 2), ("after the last checkpoint", 1),
+    ],
+)  # fmt: skip
+def test_killed_anywhere_and_resumed_is_bitwise_the_same(children, uninterrupted, tmp_path, fault):
+    """Mid-epoch, at an epoch's end, while saving, after the end: resuming repeats the run bit for bit, weights, optimizer and log."""
+    assert run_child(children, tmp_path, fault=fault)
+    assert not run_child(children, tmp_path)
+    assert result_of(tmp_path) == uninterrupted
+
+
+def test_killed_at_random_moments_is_bitwise_the_same(children, uninterrupted, tmp_path):
+    """No moment at all is unsafe: `RANDOM_KILLS` kills, in steps and in saves, over as many runs as it takes."""
+    moments, kills, campaign = random.Random(0), 0, 0
+    while kills < RANDOM_KILLS:
+        folder = tmp_path / str(campaign)
+        while run_child(children, folder, kill_after=moments.uniform(0.1, 0.9), pause=0.02):
+            kills += 1
+        assert result_of(folder) == uninterrupted
+        campaign += 1
+
+
+def test_randomness_that_is_not_restored_would_be_noticed(children, uninterrupted, tmp_path):
+    """The control: the same comparison fails when dropout's random numbers do not come from the step's number."""
+    assert not run_child(children, tmp_path, dropped_randomness=True)
+    assert result_of(tmp_path)["weights.safetensors"] != uninterrupted["weights.safetensors"]
+
+
+def test_a_finished_run_does_nothing(tmp_path, capsys):
+    """One step too many after the end changes a finished model in silence."""
+    first = tiny_run.run(tmp_path)
+    before = tiny_run.digests(first)
+    again = tiny_run.run(tmp_path)
+    assert "finished already at step 24" in capsys.readouterr().out
+    assert tiny_run.digests(again) == before
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_run_never_resumes_from_this_one(tmp_path, capsys):
+    """Changed settings, data or starting weights make another run; mixing them up resumes into nonsense."""
+    folders = {tiny_run.run(tmp_path, max_steps=2).folder, tiny_run.run(tmp_path, max_steps=2, learning_rate=0.01).folder}
+    folders.add(tiny_run.run(tmp_path, model=changed_model(), max_steps=2).folder)
+    folders.add(tiny_run.run(tmp_path, count=29, max_steps=2).folder)
+    assert len(folders) == 4
+    assert "resumed" not in capsys.readouterr().out
+    assert tiny_run.run(tmp_path, max_steps=2, rows_per_micro_batch=4).folder in folders  # this one changes no result
+
+
+def test_first_weights_are_set_once(tmp_path):
+    """Set again on a resumed run they would throw away what was learned; not set on a new one, the recipe is another."""
+    calls = []
+
+    def initialise(model):
+        calls.append(1)
+        tiny_run.halve(model)
+
+    whole, evaluate = tiny_run.run(tmp_path / "whole", initialise=initialise, max_steps=12), tiny_run.evaluator()
+    plain = tiny_run.run(tmp_path / "plain", max_steps=1)
+    assert abs(whole.log[0]["loss"] - plain.log[0]["loss"]) > 1e-3
+
+    def fail_late(model):
+        if len(list((tmp_path / "cut").glob("run-*/step-*"))):
+            raise KeyError("cut off")
+        return evaluate(model)
+
+    with pytest.raises(KeyError):
+        tiny_run.run(tmp_path / "cut", evaluate=fail_late, initialise=initialise, max_steps=12)
+    assert tiny_run.digests(tiny_run.run(tmp_path / "cut", initialise=initialise, max_steps=12)) == tiny_run.digests(whole)
+    assert len(calls) == 2
+
+
+def changed_model():
+    model = tiny_run.model_with()
+    with torch.no_grad():
+        next(iter(model.parameters()))[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, None)])
+def test_asked_to_stop_saves_and_leaves(tmp_path, uninterrupted, monkeypatch, number, status):
+    """Clusters send SIGTERM, people press stop: neither may cost more than the step at hand."""
+    take_step, handler = TrainingRun.take_step, signal.getsignal(number)
+
+    def interrupted(self, *arguments):
+        if self.state.step == 7:
+            os.kill(os.getpid(), number)
+        return take_step(self, *arguments)
+
+    monkeypatch.setattr(TrainingRun, "take_step", interrupted)
+    with pytest.raises(SystemExit if status else TrainingInterrupted) as leaving:
+        tiny_run.run(tmp_path)
+    assert getattr(leaving.value, "code", None) == status
+    monkeypatch.setattr(TrainingRun, "take_step", take_step)
+    assert signal.getsignal(number) == handler
+    (folder,) = tmp_path.glob("run-*")
+    assert (folder / "step-00000008").exists()
+    assert tiny_run.digests(tiny_run.run(tmp_path)) == uninterrupted
