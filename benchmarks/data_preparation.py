@@ -36,7 +36,7 @@ def prepare(corpus: str, documents: int) -> dict:
         dataset_folder.mkdir()
         collected = collect_documents(settings)
         lap("collect")
-        train_tokenizer(collected.sample("train", settings.tokenizer_documents), tokenizer_folder, settings.vocab_size)
+        train_tokenizer(collected.sample("train", settings.tokenizer_documents), tokenizer_folder, settings.vocab_size, settings.lowercase)
         lap("tokenizer")
         report = write_pretraining_dataset(collected, tokenizer_folder, dataset_folder)
         lap("write")

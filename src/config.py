@@ -26,6 +26,7 @@ class CorpusSettings:
     near_duplicate_threshold: float = 0.8  # Jaccard similarity of word 5-grams
     validation_fraction: float = 0.02  # of the documents, by group
     vocab_size: int = 16_000  # pieces and the 100 sentinels together
+    lowercase: bool = True  # one piece for "Profit", "profit" and "PROFIT": a small model has few examples of each
     tokenizer_documents: int = 20_000  # documents that the tokenizer is trained on, evenly spaced
     seed: int = 0
 

@@ -1,7 +1,7 @@
 """The tokenizer: SentencePiece Unigram trained on the corpus, wrapped as a `transformers` T5 tokenizer.
 
-Only a plain Unigram model with nmt_nfkc gives the same ids in both libraries (byte fallback becomes `<unk>` and BPE
-goes wrong without a word), so nothing else is offered. Bulk text is encoded by SentencePiece itself, about eight times
+Only a plain Unigram model with nmt_nfkc, or nmt_nfkc_cf, which folds case, gives the same ids in both libraries (byte fallback becomes
+`<unk>` and BPE goes wrong without a word), so nothing else is offered. Bulk text is encoded by SentencePiece itself, about eight times
 as fast; the `transformers` tokenizer serves everyone who opens a checkpoint.
 """
 
@@ -69,17 +69,19 @@ def training_sentences(texts: Iterable[str], frequent_words: int = 0) -> Iterato
     yield from split_at_spaces(" ".join(f"{word}," for word, _ in words.most_common(frequent_words)), CHARACTERS_PER_SENTENCE)
 
 
-def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int) -> None:
+def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int, lowercase: bool) -> None:
     """Train a Unigram model (Kudo 2018, arXiv 1804.10959) whose pieces leave room for the sentinels.
 
     Args:
         texts: documents, streamed.
         model_path: the `.model` file to write.
         vocab_size: pieces and sentinels together.
+        lowercase: give text the same ids whatever its case; what is decoded is lower case then.
 
     Raises:
         TokenizerError: the corpus has too little text, or too many characters, for the vocabulary.
     """
+    texts = (text.lower() for text in texts) if lowercase else texts  # the model folds case too; here so that words are counted in any
     try:
         with model_path.open("wb") as model:
             sentencepiece.SentencePieceTrainer.train(
@@ -87,11 +89,11 @@ def train_sentencepiece(texts: Iterable[str], model_path: Path, vocab_size: int)
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab_size - SENTINELS,
-                normalization_rule_name="nmt_nfkc",
+                normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
                 split_digits=True,
                 byte_fallback=False,
                 character_coverage=0.9999,
-                required_chars=REQUIRED_CHARACTERS,
+                required_chars="".join(dict.fromkeys(REQUIRED_CHARACTERS.lower())) if lowercase else REQUIRED_CHARACTERS,
                 max_sentence_length=4 * CHARACTERS_PER_SENTENCE,
                 pad_id=PAD_ID,
                 eos_id=EOS_ID,
@@ -129,14 +131,14 @@ def training_failure(message: str, vocab_size: int) -> str:
     return f"the tokenizer cannot be trained ({(message.strip().splitlines() or ['no reason given'])[-1]}): read more documents"
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerBase:
     """Train on documents and write `spiece.model` and the files of a `transformers` T5 tokenizer into `folder`.
 
     Returns:
         The tokenizer as loaded back: pad 0, eos 1, unk 2, `<extra_id_0>` the last id and `<extra_id_99>` the 100th last.
     """
     (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read in place of the new model
-    train_sentencepiece(texts, folder / MODEL_FILE, vocab_size)
+    train_sentencepiece(texts, folder / MODEL_FILE, vocab_size, lowercase)
     T5Tokenizer.from_pretrained(folder, extra_ids=SENTINELS).save_pretrained(folder)
     # `transformers` puts special tokens among the pieces with the best score of all, 0. There, text that spells one
     # would become it even when the special token itself is not looked for.

@@ -42,7 +42,7 @@ def corpus(tmp_path):
 def build(settings, folder):
     folder.mkdir()
     documents = collect_documents(settings)
-    tokenizer = train_tokenizer(documents.sample("train", settings.tokenizer_documents), folder, settings.vocab_size)
+    tokenizer = train_tokenizer(documents.sample("train", settings.tokenizer_documents), folder, settings.vocab_size, settings.lowercase)
     return documents, tokenizer, write_pretraining_dataset(documents, folder, folder)
 
 

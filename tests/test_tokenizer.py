@@ -38,6 +38,7 @@ UNUSUAL = [
     "x\u200by",
     "1234.50%",
     "$-3",
+    "STRASSE Straße İstanbul ΣΊΣΥΦΟΣ Ⅳ ÉCLAIR",
 ]
 
 
@@ -54,6 +55,13 @@ def folder(sample, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cased_folder(sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cased")
+    train_tokenizer(sample, folder, 800, lowercase=False)
+    return folder
+
+
 def test_special_ids_are_those_of_t5(folder):
     """Breaks when sentinels count the wrong way or ids shift: a T5 checkpoint would mean other tokens."""
     tokenizer = load_tokenizer(folder)
@@ -64,9 +72,21 @@ def test_special_ids_are_those_of_t5(folder):
     assert load_sentencepiece(folder).get_piece_size() == 700
 
 
-def test_ids_are_those_of_sentencepiece(folder, sample):
+@pytest.mark.parametrize("kind", ["folder", "cased_folder"])
+def test_ids_are_those_of_sentencepiece(kind, sample, request):
     """Breaks when the converted tokenizer splits otherwise than the model that was trained (byte fallback, BPE, normalisation)."""
-    assert check_same_ids(folder, sample + UNUSUAL) == len(sample) + len(UNUSUAL)
+    assert check_same_ids(request.getfixturevalue(kind), sample + UNUSUAL) == len(sample) + len(UNUSUAL)
+
+
+def test_case_is_folded_where_asked(folder, cased_folder):
+    """Breaks when a headline in capitals gets other ids, or spends pieces on capitals that no text can reach."""
+    texts = ["Profit rose 5% at Apple Inc", "PROFIT ROSE 5% AT APPLE INC", "profit rose 5% at apple inc"]
+    assert len({tuple(ids) for ids in encode_texts(load_tokenizer(folder), texts)}) == 1
+    assert load_tokenizer(folder).decode(encode_texts(load_tokenizer(folder), texts)[1]) == texts[2]
+    assert len({tuple(ids) for ids in encode_texts(load_tokenizer(cased_folder), texts)}) == 3
+    pieces = {kind: [load_sentencepiece(kind).id_to_piece(id) for id in range(3, 700)] for kind in (folder, cased_folder)}
+    assert all(piece == piece.lower() for piece in pieces[folder])
+    assert {"A", "Z"} <= set(pieces[cased_folder])
 
 
 def test_long_texts_keep_their_ids(folder, sample):
@@ -105,7 +125,7 @@ def test_a_frequent_word_of_one_form_is_a_piece(tmp_path):
     rng = np.random.default_rng(0)
     fillers = ["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(300)]
     train_tokenizer([f"Analysts see a {filler}." for filler in fillers] * 3, tmp_path, 400)
-    assert load_sentencepiece(tmp_path).encode("Analysts see a", out_type=str) == ["▁Analysts", "▁see", "▁a"]
+    assert load_sentencepiece(tmp_path).encode("Analysts see a", out_type=str) == ["▁analysts", "▁see", "▁a"]
 
 
 def test_it_opens_without_this_package(folder, tmp_path):
@@ -169,7 +189,8 @@ def test_ids_on_ten_thousand_real_documents(tmp_path):
         pytest.skip("NEWS_DATA_DIR does not name a folder with real articles")
     path = Path(os.environ["NEWS_DATA_DIR"]) / "reuters_financial_news"
     texts = [article.text for article in read_articles(path, max_documents=10_000)]
-    train_tokenizer((clean_article(text) for text in texts[::20]), tmp_path, 4_000)
-    texts = [text for text in texts if text]  # raw, which is harder than cleaned
-    assert len(texts) > 9_800
-    assert encode_texts(load_tokenizer(tmp_path), texts) == load_sentencepiece(tmp_path).encode(texts, num_threads=2)
+    for lowercase in (True, False):
+        train_tokenizer((clean_article(text) for text in texts[::20]), tmp_path, 4_000, lowercase)
+        raw = [text for text in texts if text][: None if lowercase else 1_000]  # which is harder than cleaned
+        assert len(raw) >= (9_800 if lowercase else 1_000)
+        assert encode_texts(load_tokenizer(tmp_path), raw) == load_sentencepiece(tmp_path).encode(raw, num_threads=2)
