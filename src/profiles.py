@@ -107,7 +107,7 @@ PROFILES = {
             evaluate_every=100,
         ),
     ),
-    # 15M parameters: learns something real from a few hours of two CPU cores.
+    # 13M parameters: learns something real from a few hours of two CPU cores.
     "mini": Settings(
         profile="mini",
         model=ModelSettings(d_model=256, d_kv=64, d_ff=1024, num_heads=4, num_layers=6, num_decoder_layers=6),
