@@ -25,7 +25,7 @@ class CorpusSettings:
     min_words: int = 20  # shorter documents are dropped
     near_duplicate_threshold: float = 0.8  # Jaccard similarity of word 5-grams
     validation_fraction: float = 0.02  # of the documents, by group
-    vocab_size: int = 8_000  # pieces and the 100 sentinels together; more leave a small model too few examples of each
+    vocab_size: int = 8_000  # pieces and the 100 sentinels together: of more, a small model sees too few examples
     lowercase: bool = True  # one piece for "Profit", "profit" and "PROFIT": a small model has few examples of each
     tokenizer_documents: int = 20_000  # documents that the tokenizer is trained on, evenly spaced
     seed: int = 0
