@@ -23,7 +23,8 @@ from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.finetuning_dataset import drop_conflicts_and_repeats, loose_key, read_cleaned, text_ids
 from src.qlora import base_digest
 from src.splits import grouped_stratified_folds, grouped_stratified_split
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
+from src.tokenizer import MODEL_FILE
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, verify_folder
 
 VALIDATION_ROWS, VALIDATION_FRACTIONS = 60, (0.1, 0.3)  # of a fold's labels: chooses the weights and the temperature
 MOST_EPOCHS = 50  # that a share of the labels is read: fewer labels more often, or training would end before its warm-up does
@@ -146,10 +147,16 @@ class Runner:
         """Everything that shapes the result of a job."""
         identity: dict[str, Any] = {"job": asdict(job), "data": self.data_digest, "split_seed": self.split_seed}
         if job.model in CONTESTANTS:
-            settings = self.settings_of(job)
-            identity |= {"contestant": asdict(CONTESTANTS[job.model]), "settings": asdict(settings), "base": base_digest(self.base_folder)}
-            identity |= {"adaptation": asdict(self.adaptation)} if CONTESTANTS[job.model].adapted else {}
+            contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
+            identity |= {"contestant": asdict(contestant), "settings": asdict(settings), "base": self.taken_from_base(contestant)}
+            identity |= {"adaptation": asdict(self.adaptation)} if contestant.adapted else {}
         return identity
+
+    def taken_from_base(self, contestant: Contestant) -> dict[str, str]:
+        """Digests of the base's shape, tokenizer and weights; the control forgets the weights, so a base trained longer leaves it valid."""
+        paths = [self.base_folder / name for name in ("config.json", "tokenizer.json", MODEL_FILE)]
+        taken = {path.name: file_sha256(path) for path in paths if path.is_file()}
+        return taken if contestant.random_init else taken | {"weights": base_digest(self.base_folder)}
 
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]

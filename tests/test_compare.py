@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,22 @@ def test_a_finished_job_is_not_run_again(run, monkeypatch):
         run("--set", "classification.full_learning_rate=0.005")
     with pytest.raises(AssertionError, match="trained again"):
         run("--split-seed", "1")
+
+
+def test_a_job_is_named_by_what_it_takes_from_the_base(run, base, tmp_path, monkeypatch):
+    """Other weights make every model another one but the control, which costs hours to train again; another tokenizer makes that too."""
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    model = T5ForConditionalGeneration.from_pretrained(other)
+    model.shared.weight.data.mul_(2)
+    model.save_pretrained(other)
+    run("--models", "random_init,pretrained_head")
+    monkeypatch.setattr(cross_validation, "finetune", refuse)
+    run("--models", "random_init", "--base", str(other))
+    with pytest.raises(AssertionError, match="trained again"):
+        run("--models", "pretrained_head", "--base", str(other))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(AssertionError, match="trained again"):
+        run("--models", "random_init", "--base", str(other))
 
 
 def test_an_interrupted_comparison_goes_on_at_its_fold(run, monkeypatch):
