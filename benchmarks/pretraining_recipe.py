@@ -20,8 +20,8 @@ from src.artifacts import open_artifact
 from src.collators import PretrainingBatches
 from src.compilation import compile_blocks
 from src.config import PretrainingSettings
-from src.environment import best_precision, keep_freed_memory
-from src.inference import to_device
+from src.environment import keep_freed_memory
+from src.inference import autocast, precision_dtype, to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
@@ -29,7 +29,6 @@ from src.tokenizer import TokenizedDocuments, load_tokenizer
 
 GOAL = 4.5  # nats per target token
 SLICE_SECONDS = 30.0
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Contestant:
         self.row, self.steps = self.row + rows, self.steps + 1
 
     def backward(self, batch: dict[str, torch.Tensor], labels: int) -> None:
-        with autocast():
+        with autocast(self.model, self.settings):
             if isinstance(self.model, transformers.T5ForConditionalGeneration):
                 real = int((batch["labels"] != -100).sum())
                 loss = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss * (real / labels)
@@ -90,15 +89,10 @@ class Contestant:
         loss.backward()
 
 
-def autocast() -> torch.autocast:
-    dtype = AUTOCAST.get(best_precision())
-    return torch.autocast(DEVICE.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCorruptionEvaluation) -> None:
     """Validation losses through one model class for both, so that packing and kernels are the same."""
     judge.load_state_dict(contestant.model.state_dict())
-    with autocast():
+    with autocast(judge, contestant.settings):
         metrics = evaluation(judge.eval())
     point = {"minutes": contestant.seconds / 60, "steps": contestant.steps, "tokens": contestant.tokens, **metrics}
     contestant.curve.append(point)
@@ -115,7 +109,7 @@ def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Conte
     default = settings.pretraining
     baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
     model = new_model(settings.model, tokenizer, default.seed)
-    paper = replace(settings.model, feed_forward_proj="relu", tie_word_embeddings=True)
+    paper = replace(settings.model, feed_forward_proj="relu")
     ours = new_model(paper, tokenizer, default.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
@@ -154,6 +148,8 @@ def main() -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     settings = profiles.settings_for(options.profile, profiles.parse_overrides(options.set))
+    if precision_dtype(settings.pretraining) == torch.float16:
+        raise SystemExit("error: float16 needs a gradient scaler, which is not here: use a device with bf16, or pretraining.precision=fp32")
     tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
     folder = open_artifact(settings, "pretraining_dataset").path
     both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))

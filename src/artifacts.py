@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json({key: manifest.get(key) for key in ("files", "settings", "inputs")})).hexdigest()
 
 
+@cache
 def code_digest() -> str:
     """SHA-256 of the package's own source files, in name order."""
     root = Path(__file__).parent
@@ -99,8 +101,9 @@ def published_command(module: str, arguments: Sequence[str]) -> str:
     """A command line as readers may see it: of a path outside this project only its last part, which names the data."""
     shown = []
     for argument in arguments:
-        outside = os.path.isabs(argument) or Path(argument).parts[:1] == ("..",)
-        shown.append(Path(argument).name if outside else argument)
+        option, equals, value = argument.rpartition("=")
+        outside = os.path.isabs(value) or Path(value).parts[:1] == ("..",)
+        shown.append(option + equals + (Path(value).name if outside else value))
     return shlex.join(["python", "-m", module, *shown])
 
 

@@ -6,6 +6,7 @@ step seeds them from its own number. Hashing costs reading every file once more,
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from src.config import TrainingSettings
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, verify_folder
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, recover, remove_abandoned, verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class TrainingState:
     epoch: int = 0
     step_in_epoch: int = 0
     tokens: int = 0  # real tokens read, encoder and decoder
-    seconds: float = 0.0  # spent in this run, evaluations included
+    seconds: float = 0.0  # spent in this run up to its last step or evaluation, evaluations included
     evaluated_step: int = 0
     best: float | None = None  # of the monitored metric
     best_step: int = 0
@@ -83,7 +84,10 @@ def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, t
     whole = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in whole["state"].items():
-        for key, entry in entries.items():
+        # bitsandbytes hides its 8-bit state one level deeper from FSDP, and reads it from either place.
+        deeper = [entry.items() for entry in entries.values() if isinstance(entry, dict)]
+        flat = [(key, entry) for key, entry in entries.items() if not isinstance(entry, dict)]
+        for key, entry in itertools.chain(flat, *deeper):
             (tensors if torch.is_tensor(entry) else values)[f"{index}.{key}"] = entry
     return tensors, {"values": values, "param_groups": whole["param_groups"]}
 
@@ -110,6 +114,7 @@ class Checkpoints:
             CheckpointError: not enough disk; earlier checkpoints stay.
         """
         weights, (tensors, plain) = trainable_tensors(model), split_optimizer_state(optimizer)
+        remove_abandoned(self.folder, "step-*")  # a resumed run may never come to the step that a killed one was writing
         self._require_room(weights, tensors)
         with atomic_folder(self.folder / f"step-{state.step:08d}", {"step": state.step}) as folder:
             save_tensors(weights, folder / WEIGHTS)
@@ -157,6 +162,7 @@ class Checkpoints:
         Raises:
             ArtifactError: missing or damaged; names the file.
         """
+        recover(self.folder / "best")
         manifest = verify_folder(self.folder / "best")
         load_weights(model, self.folder / "best")
         return {"step": manifest["step"], "metrics": manifest["metrics"]}

@@ -25,7 +25,7 @@ CURLY_QUOTES = str.maketrans("‘’“”", "''\"\"")
 AGENCY = r"(?:Reuters|Bloomberg|AFX|AFP|AP|ADP ?News|Dow Jones|Thomson Financial|Thomson Reuters|Synthetic News(?:wire)?)"
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}\.?"
 DATELINE = re.compile(
-    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}[^()\n]{{0,40}}\)?\s*[-–—]+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
+    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}\b[^()\n]{{0,40}}\)\s*[-–—]+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
     rf"|(?:[A-Z][A-Z /.'-]+(?:, [A-Z][A-Za-z. ]+)?\s+)?\({AGENCY}\)\.?\s+"  # LONDON (Reuters) without a hyphen
     rf"|[A-Z][A-Z .'/-]+(?:, [A-Z][A-Za-z. ]+)?, {MONTH} \d\d? ?[-–—]+ "  # WASHINGTON, Sept 12 -
     rf"|ADPnews - {MONTH} \d\d? ?, \d{{4}} - )",
@@ -38,7 +38,8 @@ NOTE_VERBS = (
 EDITORIAL_NOTE = re.compile(rf"^\s*\((?:{NOTE_VERBS})s?\b[^()]*(?:\([^()]*\)[^()]*)*\)[ \t]*", re.MULTILINE)
 BYLINE = re.compile(r"^ *By +[A-Z][^\n.!?\d]{2,80}$\n?", re.MULTILINE)
 CREDIT = re.compile(
-    r"\s*\(+ ?(?:With )?(?:Add\w+ |Further )?(?:Report\w*|Writ(?:ing|ten)|Edit(?:ing|ed)|Compil\w+|Polling|Graphics?|Created|Assembled)"
+    r"\s*\(+ ?(?=(?-i:[A-Z]))(?:With )?(?:Add\w+ |Further )?"
+    r"(?:Report\w*|Writ(?:ing|ten)|Edit(?:ing|ed)|Compil\w+|Polling|Graphics?|Created|Assembled)"
     r"(?: and [a-z]+| led)?,? (?:by|in|from)\b.*\Z"
     r"|\s*\([^()]{0,160}\b(?:reporting|writing|editing) by\b.*\Z"
     r"|\s*\(This (?:story|version|article) (?:was |has been )?(?:correct|refil|delet|remov|add|fix|clarif|update)[^()]*\).*\Z",

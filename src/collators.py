@@ -172,13 +172,12 @@ class TextToTextBatches:
         settings: FinetuningSettings,
         rows: int | None = None,
         shuffle: bool = True,
-        prefix: str = TASK_PREFIX,
         truncate: bool = False,
     ) -> None:
         self.settings, self.shuffle = settings, shuffle
         self.rows = rows or settings.rows_per_micro_batch
         self.pad_id = tokenizer.pad_token_id
-        self.inputs = encode([prefix + text for text in texts], tokenizer, settings.inputs_length if truncate else None)
+        self.inputs = encode([TASK_PREFIX + text for text in texts], tokenizer, settings.inputs_length if truncate else None)
         words = [""] * len(texts) if labels is None else [LABELS[label] if not isinstance(label, str) else label for label in labels]
         self.targets = [np.zeros(0, np.int64)] * len(texts) if labels is None else encode(words, tokenizer)
 

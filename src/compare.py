@@ -7,7 +7,6 @@ label-efficiency curve is drawn as well.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +17,15 @@ import numpy as np
 import pandas as pd
 
 from src.artifacts import data_digest, installed_versions, open_artifact, published_command
-from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows
+from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
+from src.finetuning_dataset import check_published_classes
+from src.labels import LABELS
 from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
 from src.sources import describe_source
-from src.verified_folders import canonical_json
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
@@ -68,11 +68,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
     settings = settings_of(arguments)
     splits = list(splits_of(arguments, settings))
-    data = splits_digest(splits)
+    data = rows_digest(*(part for _, *parts in splits for part in parts))
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
-    runner = Runner(folder, base, tasks, settings.adaptation, data, arguments.split_seed)
+    runner = Runner(folder, base, tasks, settings.adaptation, arguments.split_seed)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
@@ -108,13 +108,8 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
         return
     train = labelled_rows(arguments.labelled, settings.labelled)
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
+    check_published_classes(test)
     yield 0, train, test.assign(overlap=test["key"].isin(set(train["key"])))
-
-
-def splits_digest(splits: Sequence[Split]) -> str:
-    """SHA-256 of which text with which label stands in which fold."""
-    rows = [[part[["text_id", "text", "label"]].to_numpy().tolist() for part in (rest, test)] for _, rest, test in splits]
-    return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
 def numbers(text: str | None) -> list[float]:
@@ -170,14 +165,15 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
     overlap = {text_id for _, _, test in splits for text_id in test.loc[test["overlap"], "text_id"]}
     models = []
     for model, results in finished.items():
-        validation = [result.validation for result in results if result.validation is not None and result.job.seed == results[0].job.seed]
-        entry = {"name": model, **evaluate_predictions(predictions[model], pd.concat(validation) if validation else None)}
+        validation = [result.validation for result in results if result.validation is not None]
+        entry = {"name": model, **evaluate_predictions(predictions[model], pooled(validation) if validation else None)}
         entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
         entry["runs"] = runs_of([result.test for result in results], [result.job.seed for result in results])
         if generated := [result for result in results if result.generated is not None]:
             entry["generated"] = runs_of([result.generated for result in generated], [result.job.seed for result in generated])
-        if overlap:
-            rest = evaluate_predictions(predictions[model][~predictions[model]["text_id"].isin(overlap)])
+        without = predictions[model][~predictions[model]["text_id"].isin(overlap)]
+        if overlap and without["label"].nunique() == len(LABELS):
+            rest = evaluate_predictions(without)
             entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
         models.append(entry)
     pairs = [

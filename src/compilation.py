@@ -4,23 +4,24 @@ Blocks are compiled rather than the model, because all layers of a stack share o
 symbolic, so a step with a row less costs no second compilation and a resumed run computes with the same kernels.
 """
 
-import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from src.gpu_kernels import HAS_TRITON
 from src.t5_layers import T5Block
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether the compiler has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
     if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
-    return importlib.util.find_spec("triton") is not None
+        return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    return HAS_TRITON
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class LabelledSettings:
     validation_path: str | None = None  # a published validation split: becomes the test split
     max_documents: int | None = None
     cleaning: str = "default"
-    near_duplicate_threshold: float = 0.8
+    near_duplicate_ngram: int = 2  # words: one that is changed takes five 5-grams of the few that a sentence has
+    near_duplicate_threshold: float = 0.6  # Jaccard similarity of these n-grams
     boilerplate_count: int = 20  # a text seen this often with one label is boilerplate
     split_fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, validation, test
     overlap_ngram: int = 13  # words shared with the pre-training corpus that count as overlap
@@ -73,7 +74,6 @@ class ModelSettings:
     num_layers: int = 6
     num_decoder_layers: int = 6
     feed_forward_proj: str = "relu"  # "relu" (v1.0) or "gated-gelu" (v1.1)
-    tie_word_embeddings: bool = True
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     dropout_rate: float = 0.0
@@ -81,6 +81,9 @@ class ModelSettings:
     def __post_init__(self) -> None:
         require(self.d_model > 0 and self.num_heads > 0 and self.d_kv > 0, "model widths must be positive")
         require(self.feed_forward_proj in ("relu", "gated-gelu"), "model.feed_forward_proj must be relu or gated-gelu")
+        buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        require(buckets >= 4 and buckets % 2 == 0, "model.relative_attention_num_buckets must be even and at least 4")
+        require(farthest > buckets // 2, "model.relative_attention_max_distance must be more than half the number of buckets")
         require(0 <= self.dropout_rate < 1, "model.dropout_rate must lie in [0, 1)")
 
 

@@ -1,13 +1,14 @@
 """Folds of labelled rows, and models run over them one job at a time: what `src.compare` is made of.
 
-A job is one model on one fold with one seed and one share of the labels. It is written whole when it is done and named by
-everything that shapes it, so an interrupted comparison goes on where it stopped and a model added later costs only its
-own jobs. The price is disk: a few hundred kilobytes of predictions a job, and a checkpoint for each fold of adapted models.
+A job is one model on one fold with one seed and one share of the labels. That of a fine-tuned model is written whole when it is done and
+named by everything that shapes it but the code, so an interrupted comparison goes on where it stopped and a model added later costs only
+its own jobs. The price is disk: a few hundred kilobytes of predictions a job, and a checkpoint for each fold of adapted models.
 """
 
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pandas as pd
 
 from src import baselines
 from src.adaptation import adapted_checkpoint
+from src.artifacts import code_digest
 from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
@@ -88,12 +90,19 @@ def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = Fa
         published: a published split is judged as it is: repeated and contradictory texts stay. Otherwise stage 2's rules hold:
             a repeated text counts once, boilerplate and texts with several labels are dropped.
     """
-    texts = read_cleaned(replace(settings, path=path, validation_path=None))
+    only = {"max_documents": None} if published else {}
+    texts = read_cleaned(replace(settings, path=path, validation_path=None, **only))
     if not published:
         drop_conflicts_and_repeats(texts, settings.boilerplate_count)
         texts.drop("exact duplicates", texts.frame.duplicated("key"))
     frame = texts.frame.assign(text_id=text_ids(texts.frame["key"]), key=texts.frame["key"].map(loose_key))
-    return frame.assign(group=near_duplicate_groups(frame["text"], settings.near_duplicate_threshold))
+    return frame.assign(group=near_duplicate_groups(frame["text"], settings.near_duplicate_threshold, settings.near_duplicate_ngram))
+
+
+def rows_digest(*parts: pd.DataFrame) -> str:
+    """SHA-256 of which text with which label stands in which part, and which texts are near duplicates."""
+    rows = [part[["text_id", "text", "label", "group"]].to_numpy().tolist() for part in parts]
+    return hashlib.sha256(canonical_json(rows)).hexdigest()
 
 
 def folds_of(rows: pd.DataFrame, folds: int, seed: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
@@ -123,12 +132,14 @@ class Runner:
     base_folder: Path
     settings: Mapping[str, FinetuningSettings]  # by task
     adaptation: PretrainingSettings
-    data_digest: str
     split_seed: int
 
     def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
-        """The result of a job, from disk where it was done before."""
-        identity = self.identity(job)
+        """The result of a job, from disk where it was done before; that of a baseline is made anew in seconds."""
+        if job.model in BASELINES:
+            labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
+            return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
+        identity = self.identity(job, rest, test)
         name = hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
         target = self.folder / f"{job.model}-{name}"
         if (finished := read_finished(job, target)) is not None:
@@ -136,27 +147,25 @@ class Runner:
         labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
         checkpoints = self.folder / ".checkpoints" / name
         finished = self.judge(job, labelled, test, checkpoints)
-        with atomic_folder(target, identity) as folder:
+        with atomic_folder(target, identity | {"code": code_digest()}) as folder:
             for name, frame in finished.frames().items():
                 frame.to_parquet(folder / f"{name}.parquet")
             (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))
         shutil.rmtree(checkpoints, ignore_errors=True)
         return finished
 
-    def identity(self, job: Job) -> dict[str, Any]:
-        """Everything that shapes the result of a job."""
-        identity: dict[str, Any] = {"job": asdict(job), "data": self.data_digest, "split_seed": self.split_seed}
-        if job.model in CONTESTANTS:
-            contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
-            identity |= {"contestant": asdict(contestant), "settings": asdict(settings), "base": self.taken_from_base(contestant)}
-            identity |= {"adaptation": asdict(self.adaptation)} if contestant.adapted else {}
-        return identity
+    def identity(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
+        """Everything that shapes the result of a job, but the code."""
+        contestant = CONTESTANTS[job.model]
+        identity = {"job": asdict(job), "data": rows_digest(rest, test), "split_seed": self.split_seed, "contestant": asdict(contestant)}
+        identity |= {"settings": asdict(self.settings_of(job)), "base": self.taken_from_base(with_weights=not contestant.random_init)}
+        return identity | ({"adaptation": asdict(self.adaptation)} if contestant.adapted else {})
 
-    def taken_from_base(self, contestant: Contestant) -> dict[str, str]:
+    def taken_from_base(self, with_weights: bool = True) -> dict[str, str]:
         """Digests of the base's shape, tokenizer and weights; the control forgets the weights, so a base trained longer leaves it valid."""
         paths = [self.base_folder / name for name in ("config.json", "tokenizer.json", MODEL_FILE)]
         taken = {path.name: file_sha256(path) for path in paths if path.is_file()}
-        return taken if contestant.random_init else taken | {"weights": base_digest(self.base_folder)}
+        return taken | ({"weights": base_digest(self.base_folder)} if with_weights else {})
 
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]
@@ -168,8 +177,6 @@ class Runner:
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
-        if job.model in BASELINES:
-            return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
         low, high = VALIDATION_FRACTIONS
         fraction = min(high, max(low, VALIDATION_ROWS / len(labelled)))
         validation, train = part_of(labelled, fraction, self.split_seed + job.fold)
@@ -190,7 +197,7 @@ class Runner:
     def adapted_base(self, train: pd.DataFrame, validation: pd.DataFrame) -> Path:
         """The base after further span corruption on these training texts; models that see the same texts share it."""
         texts = [rows["text"].tolist() for rows in (train, validation)]
-        shaped_by = {"base": base_digest(self.base_folder), "settings": asdict(self.adaptation), "texts": texts}
+        shaped_by = {"base": self.taken_from_base(), "settings": asdict(self.adaptation), "texts": texts}
         name = f"adapted-{hashlib.sha256(canonical_json(shaped_by)).hexdigest()[:16]}"
         return adapted_checkpoint(self.base_folder, *texts, self.adaptation, self.folder / name, self.folder / ".checkpoints" / name)
 
@@ -198,9 +205,11 @@ class Runner:
 def read_finished(job: Job, folder: Path) -> Finished | None:
     """What an earlier run of the job left, or None; a damaged folder counts as none."""
     try:
-        verify_folder(folder)
+        manifest = verify_folder(folder)
     except ArtifactError:
         return None
+    if manifest["code"] != code_digest():
+        warnings.warn(f"{folder} was made by another version of the code: remove it to make it again if that matters", stacklevel=2)
     paths = (folder / f"{name}.parquet" for name in ("test", "validation", "generated"))
     frames = [pd.read_parquet(path) if path.exists() else None for path in paths]
     return Finished(job, *frames, json.loads((folder / "costs.json").read_text()))

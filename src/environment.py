@@ -108,7 +108,8 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
-    return ", ".join([*gpu, processor, f"{os.cpu_count()} cores"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([*gpu, processor, f"{cores} cores"])
 
 
 def report() -> str:

@@ -45,15 +45,18 @@ def csv_reader(path: Path) -> Iterator[list[str]]:
     return csv.reader(decoded_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
 
 
-def csv_header(reader: Iterator[list[str]]) -> list[str]:
-    return [name.strip() for name in next(reader, [])]
+def csv_header(path: Path, reader: Any) -> list[str]:
+    try:
+        return [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise SourceError(f"{path}: the header is not valid csv ({error}): close its quotes, end lines as Unix or Windows does") from None
 
 
 def csv_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     reader = csv_reader(path)
     row = 0
+    header = csv_header(path, reader)
     try:
-        header = csv_header(reader)
         for values in reader:
             if not values:
                 continue  # a blank line
@@ -106,6 +109,8 @@ def json_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
     except json.JSONDecodeError as error:
         raise SourceError(f"{path} is not valid JSON ({error}): the file may be cut off; fetch it again") from None
     if isinstance(content, dict):
+        if len(content) > 1 and all(isinstance(value, dict) for value in content.values()):
+            raise SourceError(f'{path} holds columns, not rows: write it with to_json(orient="records")')
         arrays = [value for value in content.values() if isinstance(value, list)]
         content = arrays[0] if len(arrays) == 1 else [content]
     for row, value in enumerate(content if isinstance(content, list) else [content], 1):
@@ -166,7 +171,7 @@ def column_names(path: Path) -> list[str]:
         with open_parquet(path) as file:
             return file.schema_arrow.names
     if path.suffix.lower() in (".csv", ".tsv"):
-        return csv_header(csv_reader(path))
+        return csv_header(path, csv_reader(path))
     return list(next(iter(read_rows(path)), {}))
 
 

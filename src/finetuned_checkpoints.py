@@ -45,6 +45,8 @@ def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init
         config.id2label, config.label2id = dict(enumerate(LABELS)), {label: index for index, label in enumerate(LABELS)}
     torch.manual_seed(settings.seed)
     if random_init:
+        if task == "text_to_text" and not getattr(config, "scale_decoder_outputs", True):
+            raise FinetuningError(f"{folder} has an output layer of its own, which is not drawn anew: leave text_to_text_random_init out")
         return model_class(config)
     with quiet_transformers():
         return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -72,14 +74,20 @@ def save_finetuned(
     task: str,
     settings: FinetuningSettings,
     temperature: float,
+    cleaning: str,
 ) -> None:
-    """Write all that prediction needs: adapter and head (or full weights), tokenizer, `inference.json`."""
+    """Write all that prediction needs: adapter and head (or full weights), tokenizer, `inference.json`.
+
+    Args:
+        temperature: that probabilities are scaled by.
+        cleaning: preset of `src.cleaning` that the texts of training went through, and that others have to go through.
+    """
     if settings.method == "full":
         model.save_pretrained(folder)
     else:
         save_adapter(model, folder, base_folder)
     tokenizer.save_pretrained(folder)
-    about = {"task": task, "method": settings.method, "temperature": temperature}
+    about = {"task": task, "method": settings.method, "temperature": temperature, "cleaning": cleaning}
     about |= {key: getattr(settings, key) for key in ("pooling", "inputs_length", "targets_length", "precision")}
     (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
 

@@ -127,7 +127,7 @@ def finetune(
     settings, name = settings.with_method(settings.method), name or model_name(task, settings.method, random_init)
     tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
-    table = parameter_table(model)
+    table = parameter_table(model, optimizer_bytes=2 if settings.optimizer == "paged_adamw_8bit" else 8)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         return validation_scores(predict_rows(task, model, tokenizer, splits["validation"], settings, name=name))
@@ -164,11 +164,12 @@ def save_results(
     base_folder: Path,
     tuned: FineTuned,
     settings: FinetuningSettings,
+    cleaning: str,
     predictions: pd.DataFrame,
     metrics: Sequence[Mapping[str, object]],
 ) -> None:
-    """Write the model, `predictions.parquet`, `metrics.json` (its own first) and `training_log.jsonl`."""
-    save_finetuned(folder, base_folder, tuned.model, tuned.tokenizer, tuned.task, settings, metrics[0]["temperature"])
+    """Write the model, `predictions.parquet`, `metrics.json` (its own first) and `training_log.jsonl`; `cleaning`: see `save_finetuned`."""
+    save_finetuned(folder, base_folder, tuned.model, tuned.tokenizer, tuned.task, settings, metrics[0]["temperature"], cleaning)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     (folder / "metrics.json").write_text(json.dumps(list(metrics), indent=1))
     (folder / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in tuned.log))

@@ -66,15 +66,18 @@ class LabelledTexts:
 def read_cleaned(settings: LabelledSettings) -> LabelledTexts:
     """Read the main file, and the published validation split if there is one, and clean them."""
     columns = {"text_column": settings.text_column, "label_column": settings.label_column, "label_map": settings.label_map}
-    frames = [read_labelled(settings.path, max_documents=settings.max_documents, **columns).assign(published=False)]
+    frames = [read_labelled(settings.path, max_documents=settings.max_documents, **columns)]
     if settings.validation_path is not None:
-        frames.append(read_labelled(settings.validation_path, **columns).assign(published=True))
-    texts = LabelledTexts(pd.concat(frames, ignore_index=True).rename(columns={"text": "raw"}))
+        frames.append(read_labelled(settings.validation_path, **columns))
+    rows = pd.concat(frames, ignore_index=True).rename(columns={"text": "raw"})
+    texts = LabelledTexts(rows.assign(published=np.arange(len(rows)) >= len(frames[0])))
     rules = rules_of(settings.cleaning, "sentence")
     texts.frame["text"] = [clean(raw, rules, texts.rules) for raw in texts.frame["raw"]]
     texts.frame["key"] = [comparison_key(text) for text in texts.frame["text"]]
-    texts.counts["rows read"] = len(texts.frame)
-    texts.drop("without text", (texts.frame["text"] == "") & ~texts.frame["published"])
+    blank = sum(frame.attrs["without_text"] for frame in frames)  # left out by the reader
+    texts.counts["rows read"] = len(texts.frame) + blank
+    texts.drop("without text", texts.frame["text"] == "")
+    texts.counts["without text"] += blank
     return texts
 
 
@@ -101,6 +104,15 @@ def loose_key(key: str) -> str:
     """ASCII letters and digits alone, so that "17%to touch" is "17% to touch"; the key itself where that leaves under three words."""
     parts = re.findall(r"[a-z0-9]+", key)
     return " ".join(parts) if len(parts) >= 3 else key
+
+
+def check_published_classes(test: pd.DataFrame) -> None:
+    """Every class needs a text in a published split: scores are means over classes.
+
+    Raises:
+        SplitError: names the class that is missing.
+    """
+    check_classes(test["label"].to_numpy(), np.arange(len(test)), 1, "the published split")
 
 
 def drop_published(texts: LabelledTexts) -> None:
@@ -137,7 +149,7 @@ def group_and_split(texts: LabelledTexts, settings: LabelledSettings) -> None:
     Raises:
         SplitError: a class is missing or too rare.
     """
-    groups = near_duplicate_groups(texts.frame["text"], settings.near_duplicate_threshold)
+    groups = near_duplicate_groups(texts.frame["text"], settings.near_duplicate_threshold, settings.near_duplicate_ngram)
     texts.leak = leak_of_random_split(texts, groups, settings)
     texts.frame["group"] = groups
     published = texts.frame["published"]
@@ -184,6 +196,7 @@ def collect_labelled(settings: LabelledSettings, corpus: Iterable[str]) -> Label
     try:
         check_classes(texts.frame["label"].to_numpy(), np.arange(len(texts.frame)), 1, "labels")
         if settings.validation_path is not None:
+            check_published_classes(texts.frame[texts.frame["published"]])
             drop_published(texts)
         drop_conflicts_and_repeats(texts, settings.boilerplate_count)
         require_rows(texts, settings)

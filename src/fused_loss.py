@@ -2,7 +2,7 @@
 
 Positions go through the head in chunks, and the gradients of a chunk are taken while its logits are there. Those whose label is ignored
 are left out on a CPU, and elsewhere multiplied by 0, for choosing them would wait for the device. Costs the same three products as the
-plain way; the plain way is `modeling_t5.mean_loss(lm_head(states), labels)`.
+plain way, two where the head is frozen; the plain way is `modeling_t5.mean_loss(lm_head(states), labels)`.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from src.attention import at_least_float32
 from src.gpu_kernels import HAS_TRITON, has_gpu_kernels
+from src.packing import IGNORED
 
 if HAS_TRITON:
     from src import triton_loss
 
-IGNORED_LABEL = -100
 CHUNK_BYTES = 64 << 20  # logits that exist at once
 FLOAT_ROWS = 16  # of them in float32 at once on a CPU: stays in the processor's cache; a GPU takes a whole chunk
 SMALLEST_PROBABILITY = 1e-38  # of a label, in the loss that is reported: float32 ends there
@@ -32,7 +32,7 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_ite
         scalar float32.
     """
     labels, states = labels.flatten(), states.flatten(0, -2)
-    counted = labels != IGNORED_LABEL
+    counted = labels != IGNORED
     if num_items is None:
         num_items = counted.sum()
     elif not isinstance(num_items, Tensor):
@@ -61,12 +61,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += loss_and_gradient_(logits, labels[chunk], label_weights[chunk])
                 if needs_gradient:
                     d_states[chunk] = logits @ small  # `logits` now hold their gradient
+                if ctx.needs_input_grad[1]:
                     part = logits.t() @ states[chunk]
                     d_weight = part if d_weight is None else at_least_float32(d_weight).add_(part)
         if needs_gradient:
+            if ctx.needs_input_grad[1]:
+                d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
             # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
-            ctx.gradients = d_states, torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-            ctx.share = outer
+            ctx.gradients, ctx.share = (d_states, d_weight), outer
         return total * outer
 
     @staticmethod
@@ -77,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = gradient * ctx.share
         if gradient.device.type != "cpu" or float(gradient) != 1.0:
             # In float32, because a gradient scaler's factor can be more than float16 holds.
-            d_states, d_weight = ((at_least_float32(part) * gradient).to(part.dtype) for part in (d_states, d_weight))
+            scaled = (None if part is None else (at_least_float32(part) * gradient).to(part.dtype) for part in (d_states, d_weight))
+            d_states, d_weight = scaled
         return d_states, d_weight, None, None, None, None
 
 

@@ -1,10 +1,14 @@
 """Where our Triton kernels run (`src.triton_attention`, `src.triton_loss`); elsewhere the framework's operations do."""
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
-HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+# Triton builds its launcher with a C compiler, which an image made to run programs only may lack.
+HAS_C_COMPILER = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and HAS_C_COMPILER
 OLDEST_GPU = (8, 0)  # Ampere: the kernels were not tried on what came before
 
 

@@ -51,7 +51,10 @@ class StepGradients:
             raise TrainingError(f"tracker {settings.tracker} is not installed: pip install {settings.tracker}, or set tracker to None")
         # Unused parameters are those of a decoder that an encoder-only head never runs.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-        self.accelerator = Accelerator(kwargs_handlers=handlers, log_with=settings.tracker, project_dir=tracker_folder)
+        # "no": the number format is chosen here, and a launcher's `--mixed_precision` would scale gradients a second time.
+        self.accelerator = Accelerator(
+            mixed_precision="no", kwargs_handlers=handlers, log_with=settings.tracker, project_dir=tracker_folder
+        )
         self.precision = best_precision() if settings.precision == "auto" else settings.precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.model = self.accelerator.prepare_model(model)
@@ -82,11 +85,11 @@ class StepGradients:
         while True:
             try:
                 return self._backward(epoch, start, stop, step)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.micro_rows == 1 or self.accelerator.num_processes > 1:
-                    cure = "lower rows_per_micro_batch or the row lengths"
+                    cure = "lower the row lengths" + (" or rows_per_micro_batch" if self.micro_rows > 1 else "")
                     raise TrainingError(f"out of memory with {self.micro_rows} row(s) at a time: {cure}") from error
             self.micro_rows //= 2
             self.recorded = None
@@ -183,5 +186,6 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    # On CPU, torch raises a plain RuntimeError with these words.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    # On a CPU, torch raises a plain RuntimeError with words that depend on the system.
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in words)

@@ -1,7 +1,8 @@
 """What a fine-tuned model says about texts: probabilities of the three labels, or the words it generates.
 
-Notebooks, the cross-validated comparison and `src.predict` all go through here. Texts are packed as in training; one that is
-longer than a row is cut into windows whose probabilities are averaged, so nothing of it is lost and nothing is padded.
+Notebooks, the cross-validated comparison and `src.predict` all go through here. For probabilities, texts are packed as in training, and one
+that is longer than a row is cut into windows whose probabilities are averaged, so nothing of it is lost. What is generated follows the
+beginning of such a text, as far as a row holds it, and batches are padded.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from src.collators import Batch, ClassificationBatches, TextToTextBatches, encode
-from src.config import FinetuningSettings
+from src.config import FinetuningSettings, TrainingSettings
 from src.environment import best_precision
 from src.evaluation import NO_LABEL
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
@@ -21,12 +22,12 @@ from src.packing import fill_row
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def precision_dtype(settings: FinetuningSettings) -> torch.dtype:
+def precision_dtype(settings: TrainingSettings) -> torch.dtype:
     """The float type that matrix products are computed in."""
     return DTYPES[best_precision() if settings.precision == "auto" else settings.precision]
 
 
-def autocast(model: torch.nn.Module, settings: FinetuningSettings) -> AbstractContextManager:
+def autocast(model: torch.nn.Module, settings: TrainingSettings) -> AbstractContextManager:
     dtype = precision_dtype(settings)
     return nullcontext() if dtype == torch.float32 else torch.autocast(next(model.parameters()).device.type, dtype)
 

@@ -2,8 +2,8 @@
 
 A kind is written `self+cross`. Self-attention stores `kv`, `k` (K-cache) or `x` (X-cache); cross-attention stores `kv` for each
 layer or `e`, the encoder output itself, once. `x+e` is the default: about 6x less memory than `kv` at source 512 and target 114
-for T5-small, exact in every precision. It does more arithmetic a step, so in float32, where the processor and not the memory is
-the limit, it is slower than `kv`; see benchmarks/decoding.py.
+for T5-small, exact in every precision. It does more arithmetic a step, which costs time where the processor and not the memory is
+the limit: in float32 on large batches with long outputs; see benchmarks/decoding.py.
 """
 
 import torch
@@ -69,19 +69,14 @@ class Buffer:
         return self.data.narrow(self.axis, 0, self.length)
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in this order."""
-        kept = self.view().index_select(0, rows)
-        if kept.shape[0] == self.data.shape[0]:
-            self.view().copy_(kept)
-        else:
-            self.length, self.data = 0, None
-            self.append(kept)
+        """Put the given rows of the batch, as many as there are, in this order."""
+        self.view().copy_(self.view().index_select(0, rows))
 
 
 class KeyValueLayer:
     """Standard self-attention cache: K and V, (batch, heads, tokens, d_kv) each."""
 
-    def __init__(self, attention: nn.Module, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None) -> None:
         self.key, self.value = Buffer(2, capacity), Buffer(2, capacity)
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -97,7 +92,7 @@ class KeyValueLayer:
 class KeyLayer:
     """K-cache: K alone; `weight` is W_KV by head."""
 
-    def __init__(self, attention: nn.Module, capacity: int | None, weight: Tensor) -> None:
+    def __init__(self, capacity: int | None, weight: Tensor) -> None:
         self.key, self.weight = Buffer(2, capacity), weight
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -111,7 +106,7 @@ class KeyLayer:
 class StateLayer:
     """X-cache: the normed attention input, (batch, tokens, d_model)."""
 
-    def __init__(self, attention: nn.Module, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None) -> None:
         self.states, self.weights = Buffer(1, capacity), None
 
     def attend(self, attention: nn.Module, query: Tensor, states: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -170,31 +165,27 @@ class T5Cache(Cache):
     """The caches of all decoder layers, in the shape that `generate` expects of `past_key_values`.
 
     Args:
-        attentions: (self-attention, cross-attention) modules of each layer.
+        num_layers: of the decoder.
         kind: one of `CACHE_KINDS`.
         capacity: decoder tokens that will not be exceeded, so that no room is left over; None: not known.
         key_weights: W_KV of each layer for `k`; None for a layer that shall use `x`.
     """
 
-    def __init__(self, attentions: list[tuple], kind: str = DEFAULT_CACHE_KIND, capacity: int | None = None, key_weights=None) -> None:
+    def __init__(self, num_layers: int, kind: str = DEFAULT_CACHE_KIND, capacity: int | None = None, key_weights=None) -> None:
         own, cross = parse_cache_kind(kind)
         self.kind, self.encoder_output = kind, SharedEncoderOutput()
         if own == "k" and key_weights is None:
             raise CacheError("the k cache needs W_KV of each layer: build it with model.new_cache, which calibrates")
-        layers = [self._own_layer(own, attention, capacity, index, key_weights) for index, (attention, _) in enumerate(attentions)]
-        self.cross_layers = [
-            CrossKeyValueLayer(attention, None) if cross == "kv" else SharedEncoderLayer(self.encoder_output) for _, attention in attentions
-        ]
+        layers = [self._own_layer(own, capacity, weight) for weight in key_weights or [None] * num_layers]
+        self.cross_layers = [CrossKeyValueLayer(None) if cross == "kv" else SharedEncoderLayer(self.encoder_output) for _ in layers]
         self._by_distance: Tensor | None = None
         super().__init__(layers=layers)
 
     @staticmethod
-    def _own_layer(own: str, attention: nn.Module, capacity: int | None, index: int, key_weights):
+    def _own_layer(own: str, capacity: int | None, weight: Tensor | None):
         if own == "kv":
-            return KeyValueLayer(attention, capacity)
-        if own == "k" and key_weights[index] is not None:
-            return KeyLayer(attention, capacity, key_weights[index])
-        return StateLayer(attention, capacity)
+            return KeyValueLayer(capacity)
+        return StateLayer(capacity) if weight is None else KeyLayer(capacity, weight)
 
     is_compileable = False
 

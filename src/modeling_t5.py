@@ -11,7 +11,8 @@ from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
 from src.attention import SegmentError, SegmentMask, at_least_float32
-from src.fused_loss import IGNORED_LABEL, linear_cross_entropy
+from src.fused_loss import linear_cross_entropy
+from src.packing import IGNORED
 from src.slim_generation import SlimGenerationMixin
 from src.t5_layers import compute_dtype
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
@@ -27,22 +28,24 @@ def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_i
         begins = torch.ones_like(segment_ids, dtype=torch.bool)
         begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         shifted = shifted.masked_fill(begins, start_id)
-    return shifted.masked_fill(shifted == IGNORED_LABEL, pad_id)
+    return shifted.masked_fill(shifted == IGNORED, pad_id)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Cross-entropy over labels that are not -100, divided by their number or by `num_items` (of the global batch)."""
-    total = nn.functional.cross_entropy(
-        at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
-    return total / (num_items if num_items is not None else (labels != IGNORED_LABEL).sum())
+    total = nn.functional.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (num_items if num_items is not None else (labels != IGNORED).sum())
 
 
 def check_ids(ids: Tensor | None, vocab_size: int, name: str) -> None:
     """Refuse ids outside the vocabulary with the reason; on other devices than the CPU the check would cost a synchronisation."""
-    if ids is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocab_size:
+    if ids is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    lowest, highest = (int(extreme) for extreme in torch.aminmax(ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids))
+    if lowest < 0 or highest >= vocab_size:
         raise ModelError(
-            f"{name} holds id {int(ids.max())} but the model's vocabulary has {vocab_size}: use the tokenizer saved with the checkpoint"
+            f"{name} holds id {lowest if lowest < 0 else highest} but the model's vocabulary has {vocab_size}: "
+            "use the tokenizer saved with the checkpoint"
         )
 
 
@@ -60,7 +63,7 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         super().__init__(config)
         build_stacks(self, config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        # v1.0 scales before the tied head; a v1.1 config says it has a head of its own.
+        # v1.0 scales before the tied head; a v1.1 checkpoint has a head of its own, and its config says so.
         self.logit_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings) else 1.0
         self.post_init()
 
@@ -110,7 +113,11 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
             ModelError: ids outside the vocabulary, or neither labels nor decoder inputs. SegmentError: segment ids that do not fit.
         """
         check_ids(labels, self.config.vocab_size, "labels")
+        check_ids(decoder_input_ids, self.config.vocab_size, "decoder_input_ids")
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
+        check_segments(decoder_segment_ids, labels if decoder_input_ids is None else decoder_input_ids, "decoder_segment_ids")
+        if past_key_values is not None and not encoder_segment_ids is decoder_segment_ids is None:
+            raise SegmentError("packed rows cannot be decoded with a cache: leave the segment ids away and give one text a row")
         loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
         loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
         head = self._prepare_head(loss_only)
@@ -119,7 +126,6 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
             if labels is None:
                 raise ModelError("neither decoder_input_ids nor labels are given: pass labels to train or call generate()")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels, decoder_segment_ids)
-        check_segments(decoder_segment_ids, decoder_input_ids, "decoder_segment_ids")
         states = self.decoder(
             decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -249,7 +255,8 @@ class T5ForSentimentClassification(T5PreTrainedModel):
         ).last_hidden_state
         example = torch.arange(1, count + 1, device=segments.device)[:, None]
         is_end = (segments[:, None, :] == example) & (input_ids == self.config.eos_token_id)[:, None, :]  # (rows, count, length)
-        if not bool((is_end.any(-1) | (segments[:, None, :] != example).all(-1)).all()):
+        # Asked on a CPU only, as `check_ids` asks: a GPU would have to be waited for.
+        if input_ids.device.type == "cpu" and not bool((is_end.any(-1) | (segments[:, None, :] != example).all(-1)).all()):
             raise ModelError("an example has no eos token: tokenize with the end-of-sequence token, decoder_eos reads the state there")
         last = (is_end * torch.arange(1, input_ids.shape[1] + 1, device=segments.device)).argmax(-1)  # (rows, count)
         return states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from src.artifacts import ArtifactError, sources_changed, stale_reason, verify_folder
 from src.profiles import Settings, artifacts_folder, parse_overrides, parse_value, settings_for
+from src.source_locations import FileSource
 from src.stages import STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -67,9 +68,21 @@ def reason_to_run(settings: Settings, stage: Stage) -> str | None:
             manifest = verify_folder(path)
         except ArtifactError as error:
             return str(error)
-        reason = stale_reason(settings, name, exact=True) or sources_changed(manifest)
+        reason = stale_reason(settings, name, exact=True) or sources_changed(manifest) or file_added(settings, stage, manifest)
         if reason:
             return reason.partition(": run ")[0]
+    return None
+
+
+def file_added(settings: Settings, stage: Stage, manifest: Mapping[str, Any]) -> str | None:
+    """Which data file has come into a folder since the artifact was made from it, or None."""
+    read = {source.get("path") for source in manifest["sources"]}
+    for section in map(settings.section, stage.sections):
+        for path in (section.get("path"), section.get("validation_path")):
+            if path and path != "sample" and (folder := Path(path).expanduser()).is_dir():
+                for file in FileSource.open(folder).files:
+                    if str(file) not in read:
+                        return f"{file} is new"
     return None
 
 

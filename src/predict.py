@@ -1,7 +1,7 @@
 """Classify market news from Python or the shell: `python -m src.predict "Profit beat forecasts" --profile sample`.
 
 Reads what the fine-tuning notebooks saved. All three probabilities are given, after temperature scaling on validation rows, so
-0.8 means right about eight times in ten on texts like those it was trained on, and promises nothing on other texts.
+0.8 is meant to be right about eight times in ten on texts like those it was trained on, and promises nothing on other texts.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from src.artifacts import open_artifact
+from src.cleaning import clean_sentence
 from src.config import FinetuningSettings
 from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
 from src.finetuned_checkpoints import load_finetuned, read_about
@@ -40,6 +41,7 @@ class Classifier:
     tokenizer: PreTrainedTokenizerBase
     settings: FinetuningSettings
     temperature: float
+    cleaning: str  # preset of src.cleaning
 
     @classmethod
     def load(cls, profile: str = "sample", task: str = "classification") -> "Classifier":
@@ -57,16 +59,17 @@ class Classifier:
     def from_folders(cls, folder: Path, base_folder: Path, settings: FinetuningSettings) -> "Classifier":
         """Load from a folder that `save_finetuned` wrote and the checkpoint that it was fine-tuned from."""
         about = read_about(folder)
-        settings = replace(settings, **{key: about[key] for key in ("pooling", "inputs_length", "targets_length")})
+        settings = replace(settings, **{key: about[key] for key in ("pooling", "inputs_length", "targets_length", "precision")})
         model, tokenizer, about = load_finetuned(folder, base_folder, settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(about["task"], model.to(device), tokenizer, settings, about["temperature"])
+        return cls(about["task"], model.to(device), tokenizer, settings, about["temperature"], about["cleaning"])
 
     def classify(self, texts: Sequence[str], batch_size: int = 1_000) -> pd.DataFrame:
         """One row a text: `text`, `prediction` (a label's name), `p_bearish`, `p_neutral`, `p_bullish`.
 
         Args:
-            texts: any number; longer ones than the model reads are cut into windows whose probabilities are averaged.
+            texts: any number, as they are: they are cleaned as the texts of training were. Longer ones than the model reads are
+                cut into windows whose probabilities are averaged.
             batch_size: texts tokenised and packed at a time.
 
         Raises:
@@ -79,7 +82,8 @@ class Classifier:
         if blank is not None:
             raise PredictionError(f"text {blank} of {len(texts)} is blank")
         function = class_probabilities if self.task == "classification" else label_likelihoods
-        parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        cleaned = [clean_sentence(text, self.cleaning) for text in texts]
+        parts = [cleaned[start : start + batch_size] for start in range(0, len(texts), batch_size)]
         probabilities = np.concatenate([function(self.model, self.tokenizer, part, self.settings) for part in parts])
         probabilities = scale_temperature(probabilities, self.temperature)
         frame = pd.DataFrame({"text": texts, "prediction": [LABELS[index] for index in probabilities.argmax(1)]})
@@ -93,8 +97,8 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
         return arguments.texts
     if arguments.file and not arguments.file.is_file():
         raise PredictionError(f"{arguments.file} is not a file: give a text file with one text a line")
-    lines = (arguments.file.read_text(encoding="utf-8-sig") if arguments.file else sys.stdin.read()).splitlines()
-    return [line for line in lines if line.strip()]
+    lines = (arguments.file.read_text(encoding="utf-8-sig") if arguments.file else sys.stdin.read()).split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def parser() -> argparse.ArgumentParser:

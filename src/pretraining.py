@@ -44,7 +44,6 @@ def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForCondit
         num_layers=settings.num_layers,
         num_decoder_layers=settings.num_decoder_layers,
         feed_forward_proj=settings.feed_forward_proj,
-        tie_word_embeddings=settings.tie_word_embeddings,
         relative_attention_num_buckets=settings.relative_attention_num_buckets,
         relative_attention_max_distance=settings.relative_attention_max_distance,
         dropout_rate=settings.dropout_rate,

@@ -24,7 +24,7 @@ YAHOO_LABELS = {GOOD: 0, NEUTRAL: 1, BAD: 2}  # the integers of the Yahoo set
 LONG_ARTICLES = 6  # of a few thousand words
 QUOTED_SENTENCES = 40  # labelled sentences that also stand in articles
 SHORT_ARTICLES = ("NA", "null", "Synthetic test.", "To follow.", "(Corrects headline.)", "")
-MOJIBAKE = (("'s", "â€™s"), (" and ", " â€“ and "), (", a ", ", Â a "))  # what UTF-8 read as Windows-1252 looks like
+MOJIBAKE = (("'s", "â€™s"), (" and ", " â€“ and "), (", a ", ",Â\u00a0a "))  # what UTF-8 read as Windows-1252 looks like
 BOILERPLATE = (
     "Click here for the full synthetic report.",
     "This synthetic notice was distributed by Synthetic News, which is not responsible for its content.",

@@ -8,6 +8,7 @@ from transformers import GenerationMixin
 
 from src.kv_cache import DEFAULT_CACHE_KIND, CacheError, T5Cache, parse_cache_kind
 from src.slim_attention import effective_weight, key_cache_weight
+from src.t5_layers import compute_dtype
 from src.t5_stack import T5Stack
 
 CALIBRATION_TOKENS = (8, 128)  # rows, tokens a row
@@ -48,8 +49,7 @@ class SlimGenerationMixin(GenerationMixin):
             CacheError: unknown kind, or `k` with nothing to calibrate on.
         """
         key_weights = self._calibrated(calibration_ids) if parse_cache_kind(kind)[0] == "k" else None
-        attentions = [(block.layer[0].SelfAttention, block.layer[1].EncDecAttention) for block in self.decoder.block]
-        return T5Cache(attentions, kind, capacity, key_weights)
+        return T5Cache(len(self.decoder.block), kind, capacity, key_weights)
 
     @torch.no_grad()
     def calibrate_key_cache(self, input_ids: Tensor) -> list[float]:
@@ -96,10 +96,11 @@ class SlimGenerationMixin(GenerationMixin):
         return self._key_cache[1]
 
     def _fingerprint(self) -> tuple:
-        """Changes with the weights of k and v, their adapters and dtype."""
+        """Changes with the weights of k and v, their adapters, and the dtype that products are computed in."""
+        dtype = compute_dtype(self.decoder.final_layer_norm.weight)
         attentions = [block.layer[0].SelfAttention for block in self.decoder.block]
-        weights = [effective_weight(projection, self.dtype) for attention in attentions for projection in (attention.k, attention.v)]
-        return (self.dtype, *(float(weight.float().square().sum()) for weight in weights))
+        weights = [effective_weight(projection, dtype) for attention in attentions for projection in (attention.k, attention.v)]
+        return (dtype, *(float(weight.float().square().sum()) for weight in weights))
 
     def _prepare_generation_config(self, generation_config, *args, cache_kind: str = DEFAULT_CACHE_KIND, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)

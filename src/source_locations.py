@@ -59,7 +59,7 @@ class FileSource:
     def open(cls, path: Path) -> "FileSource":
         if path.is_file() and path.suffix.lower() not in READERS:
             raise SourceError(f"{path}: format {path.suffix or 'without a suffix'} is not known: use {', '.join(READERS)}")
-        files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+        files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.is_file() and not is_hidden(f.relative_to(path))]
         files = [f for f in files if f.suffix.lower() in READERS]
         if not files:
             raise SourceError(f"{path} is a folder without data: put {', '.join(READERS)} files into it or name another folder")
@@ -149,6 +149,11 @@ def open_source(path: str, *, labelled: bool) -> Source:
     if match is None or local.suffix.lower() in READERS:
         raise SourceError(f"{path} does not exist: correct the path, or use sample, hub or a Hub id such as {HUB_ARTICLES}")
     return HubSource(match["id"], match["split"], KNOWN_SOURCES.get(match["id"]))
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether it or a folder of it starts with a dot: Jupyter keeps old copies in `.ipynb_checkpoints`."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def check_columns(where: str, wanted: Sequence[str], columns: Sequence[str]) -> None:

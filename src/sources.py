@@ -5,6 +5,7 @@ than its first ones: news files are sorted by date and labelled ones often by la
 source is read twice, once to count it.
 """
 
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def text_of(where: str, row: int, values: Row, columns: Sequence[str]) -> str:
         value = values.get(column)
         if value is not None and not isinstance(value, str):
             raise SourceError(
-                f"{where}: row {row}, column {column!r} holds {type(value).__name__} {value!r}, not text: choose another column"
+                f"{where}: row {row}, column {column!r} holds {type(value).__name__} {reprlib.repr(value)}, not text: choose another column"
             )
         parts.append((value or "").strip())
     lead = [part if part[-1] in ".?!:;" else f"{part}." for part in parts[:-1] if part]

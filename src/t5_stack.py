@@ -61,8 +61,6 @@ class T5PreTrainedModel(PreTrainedModel):
                 init.zeros_(projection.bias)
         elif hasattr(module, "shared"):
             init.normal_(module.shared.weight, std=factor)
-            if hasattr(module, "lm_head") and not self.config.tie_word_embeddings:
-                init.normal_(module.lm_head.weight, std=factor)
 
     def set_attention_kernel(self, kernel: str) -> None:
         """Attend with `"plain"`, the readable reference, or `"auto"`, the fastest for the device."""
@@ -147,6 +145,8 @@ class T5Stack(T5PreTrainedModel):
     def _mask(self, start: int, length: int, attention_mask, segment_ids, device) -> Tensor | SegmentMask | None:
         if segment_ids is not None:
             return SegmentMask(segment_ids, segment_ids, causal=self.config.is_decoder)
+        if attention_mask is not None and attention_mask.shape[-1] != start + length:
+            raise ModelError(f"the attention mask is for {attention_mask.shape[-1]} tokens, of {start + length}: give each one value")
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         if self.config.is_decoder and length > 1:
             causal = causal_mask(length, start + length, device)

@@ -40,7 +40,6 @@ class TrainingResult:
     model: nn.Module
     log: list[dict[str, Any]]
     best: dict[str, Any]  # {"step", "metrics"}
-    finished: bool
     folder: Path
     state: TrainingState = field(repr=False)
     steps_in_epoch: int = 0
@@ -89,7 +88,10 @@ def train(
                 stop.leave(f"stopped after step {run.state.step} and saved: run again to go on")
             run.evaluate_if_due(on_evaluation)
             run.save_if_due()
-    return run.finish(on_evaluation)
+        result = run.finish(on_evaluation)
+        if stop.requested:  # too late for a step to see it: what would come next shall not start
+            stop.leave(f"finished at step {run.state.step} and saved")
+    return result
 
 
 class TrainingRun:
@@ -230,8 +232,11 @@ class TrainingRun:
         with torch.no_grad(), self.gradients.autocast(), uncompiled():
             metrics = self.evaluate(self.model)
         state.evaluated_step = state.step
-        if math.isfinite(metrics[self.monitor]) and (state.best is None or self.sign * (metrics[self.monitor] - state.best) > 0):
-            state.best, state.best_step, state.evaluations_without_best = metrics[self.monitor], state.step, 0
+        # The first process decides for all: one that rounds differently must not stop alone.
+        own = (metrics[self.monitor], time.monotonic() - self.clock_start) if self.accelerator.is_main_process else (0.0, 0.0)
+        value, state.seconds = self.gradients.sum_over_processes(*own)
+        if math.isfinite(value) and (state.best is None or self.sign * (value - state.best) > 0):
+            state.best, state.best_step, state.evaluations_without_best = value, state.step, 0
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.model, state, metrics)
         else:
@@ -259,7 +264,7 @@ class TrainingRun:
             self.accelerator.end_training()
         best = self.checkpoints.load_best(self.model)
         self.model.eval()
-        return TrainingResult(self.model, self.log, best, True, self.checkpoints.folder, self.state, self.steps_in_epoch)
+        return TrainingResult(self.model, self.log, best, self.checkpoints.folder, self.state, self.steps_in_epoch)
 
     def show_progress(self) -> TrainingBar:
         return TrainingBar(self.progress(), disable=not self.accelerator.is_main_process or self.state.finished)

@@ -59,7 +59,7 @@ def atomic_folder(target: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    remove_abandoned(target)
+    remove_abandoned(target.parent, target.name)
     folder = target.with_name(f".{target.name}.new-{os.getpid()}")
     folder.mkdir()
     try:
@@ -101,9 +101,12 @@ def recover(target: Path) -> None:
         previous_of(target).rename(target)
 
 
-def remove_abandoned(target: Path) -> None:
-    """Remove temporary siblings whose writer no longer lives (this process's own included: it writes one at a time)."""
-    for folder in target.parent.glob(f".{target.name}.new-*"):
+def remove_abandoned(parent: Path, names: str) -> None:
+    """Remove temporary folders for targets of these names (a glob pattern) whose writer no longer lives.
+
+    This process's own count as abandoned: it writes one at a time.
+    """
+    for folder in parent.glob(f".{names}.new-*"):
         pid = int(folder.name.rpartition("-")[2])
         if pid == os.getpid() or not process_lives(pid):
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from src import artifacts, profiles, stages
-from src.artifacts import ArtifactError, open_artifact, sources_changed, stale_reason, write_artifact
+from src.artifacts import ArtifactError, open_artifact, published_command, sources_changed, stale_reason, write_artifact
+from src.pipeline import file_added
+from src.sources import describe_source
 from src.verified_folders import atomic_folder, verify_folder
 
 KILL_AT_EVERY_STEP = textwrap.dedent("""
@@ -188,6 +190,21 @@ def test_a_changed_source_file_is_noticed(tmp_path):
     source.write_text("text\ntwo")
     os.utime(source, (2, 2))
     assert "news.csv has changed" in sources_changed(manifest)
+
+
+def test_a_file_added_to_a_folder_is_noticed(tmp_path):
+    """README promises that changed data make a stage run again: news of another year is changed data."""
+    (tmp_path / "2013.csv").write_text("text\none")
+    settings, manifest = profiles.settings_for("sample", {"corpus.path": str(tmp_path)}), {"sources": describe_source(tmp_path)}
+    assert file_added(settings, stages.STAGES[0], manifest) is None
+    (tmp_path / "2014.csv").write_text("text\ntwo")
+    assert "2014.csv is new" in file_added(settings, stages.STAGES[0], manifest)
+
+
+def test_commands_are_published_without_folders():
+    """A path of the machine a result was made on says nothing to its readers, in whichever form it was given."""
+    command = published_command("m", ["--a", "/home/me/x.csv", "--b=/home/me/y.csv", "--set", "corpus.path=../z", "k=1", "results/mini"])
+    assert command == "python -m m --a x.csv --b=y.csv --set corpus.path=z k=1 results/mini"
 
 
 def test_verify_names_the_damaged_file_in_a_subfolder(tmp_path):

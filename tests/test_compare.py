@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import T5Config
 
 from src import compare, cross_validation
-from src.evaluation import evaluate_predictions, predictions_frame
+from src.evaluation import PROBABILITY_COLUMNS, evaluate_predictions, predictions_frame
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.profiles import settings_for
 from src.sample_data import sample_sentences
@@ -163,6 +163,29 @@ def test_several_seeds_become_one_model():
     assert compare.pooled([own])["prediction"].tolist() == [2, 2, 2]  # one seed keeps its own labels
 
 
+def test_the_temperature_of_several_seeds_is_fitted_on_their_average(run, monkeypatch):
+    """Averaged probabilities are less sure than each seed's: scaled by the temperature of one seed they come out too unsure."""
+    results, given, run_jobs, evaluate = {}, [], compare.run_jobs, compare.evaluate_predictions
+    monkeypatch.setattr(compare, "run_jobs", lambda *a, **o: results.setdefault(a[1], run_jobs(*a, **o)))
+    monkeypatch.setattr(compare, "evaluate_predictions", lambda *a, **o: given.append(a[1:]) or evaluate(*a, **o))
+    run("--models", "pretrained_head", "--seeds", "0,1")
+    (validation,) = next(rest for rest in given if rest)
+    frames = [pd.concat([r.validation for r in results["pretrained_head"] if r.job.seed == seed]) for seed in (0, 1)]
+    expected = np.mean([frame.sort_values(["fold", "text_id"])[list(PROBABILITY_COLUMNS)] for frame in frames], axis=0)
+    found = validation.sort_values(["fold", "text_id"])[list(PROBABILITY_COLUMNS)]
+    assert np.allclose(found, expected)
+    assert not np.allclose(found, frames[0].sort_values(["fold", "text_id"])[list(PROBABILITY_COLUMNS)])
+
+
+def test_near_duplicates_shape_a_job(run, monkeypatch):
+    """The part of the training rows that chooses the weights is drawn by groups: other groups are another job."""
+    run("--models", "random_init")
+    monkeypatch.setattr(cross_validation, "finetune", refuse)
+    run("--models", "random_init", "--only-folds", "1")
+    with pytest.raises(AssertionError, match="trained again"):
+        run("--models", "random_init", "--set", "labelled.near_duplicate_threshold=0.4")
+
+
 def test_label_efficiency_curve(run, tmp_path):
     """The curve needs every model at every share, with intervals in the right order."""
     report = run("--models", "tfidf_svm", "--fractions", "0.25,1", "--output", str(tmp_path / "curve.json"))
@@ -175,7 +198,7 @@ def test_label_efficiency_curve(run, tmp_path):
 def test_few_labels_are_read_more_often():
     """Five passes over two per cent of the labels end within the warm-up: the curve would compare untrained models."""
     settings = settings_for("mini")
-    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation, "", 0)
+    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation, 0)
     jobs = [cross_validation.Job("pretrained_head", 0, 0, fraction=fraction) for fraction in (1.0, 0.5, 0.02)]
     assert [runner.settings_of(job).max_epochs for job in jobs] == [5, 10, 50]
 

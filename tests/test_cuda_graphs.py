@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src import cuda_graphs, gradients
-from src.modeling_t5 import T5ForConditionalGeneration
+from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
 from tests import tiny_run
 
 
@@ -34,6 +34,18 @@ def test_the_loop_can_train_by_recorded_passes(tmp_path, monkeypatch):
     found = tiny_run.run(tmp_path / "found", cuda_graphs=True, **options).log
     for a, b in zip(tiny_run.without_clocks(expected), tiny_run.without_clocks(found), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["encoder_mean", "decoder_eos"])
+def test_a_classifying_pass_never_waits_for_its_device(monkeypatch, pooling):
+    """The same of both heads: one that looks for a missing end of sequence on the GPU cannot be recorded."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    model = T5ForSentimentClassification(tiny_run.model_with().config, pooling=pooling).to("meta").train()
+    batch = {key: values.to("meta") for key, values in tiny_run.source().epoch(0).batch(0, 2).items()}
+    labels = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    items = torch.ones((), dtype=torch.int64, device="meta")
+    model(batch["input_ids"], encoder_segment_ids=batch["encoder_segment_ids"], labels=labels, num_items_in_batch=items).loss.backward()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

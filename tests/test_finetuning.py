@@ -75,7 +75,7 @@ def test_every_task_by_every_method_learns_and_is_saved_whole(base, tmp_path, ta
         assert tuned.generated["model"].unique().tolist() == [tuned.name + "_generated"]
     assert tuned.costs["trainable"] < tuned.costs["parameters"] or method == "full"
     (tmp_path / "saved").mkdir()
-    finetuning.save_results(tmp_path / "saved", base, tuned, chosen, tuned.test, metrics)
+    finetuning.save_results(tmp_path / "saved", base, tuned, chosen, "default", tuned.test, metrics)
     model, tokenizer, about = finetuned_checkpoints.load_finetuned(tmp_path / "saved", base, chosen)
     assert (about["task"], about["method"], about["temperature"]) == (task, method, metrics[0]["temperature"])
     again = finetuning.predict_rows(task, model, tokenizer, SPLITS["test"], chosen, name=tuned.name)
@@ -90,7 +90,7 @@ def test_exported_model_is_stock_and_says_the_same(base, tmp_path, method):
     chosen = settings(method)
     tuned = finetuning.finetune("text_to_text", base, SPLITS, chosen, tmp_path / "checkpoints")
     (tmp_path / "saved").mkdir()
-    finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "text_to_text", chosen, 1.0)
+    finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "text_to_text", chosen, 1.0, "default")
     finetuned_checkpoints.export_merged(tmp_path / "saved", base, chosen, tmp_path / "merged")
     # The 16-bit weights, computed with in float32 as the judged model is: rounding between layers may turn a tie.
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -38,11 +38,11 @@ def test_conflicts_boilerplate_and_duplicates_are_dropped_and_listed(tmp_path):
     conflict = [("Shares of Acme rose on heavy volume today", name) for name in ("positive", "positive", "negative")]
     boilerplate = [("Read the full story on our site.", "neutral")] * 6
     repeats = [(story(0, 0).upper() + " !", NAMES[0]), (story(1, 1), NAMES[1])]
-    texts = collect(
-        labelled_file(tmp_path, [*stories(), *conflict, *boilerplate, *repeats, ("https://t.co/x", "neutral")]), boilerplate_count=5
-    )
+    blank = [("https://t.co/x", "neutral"), ("  ", "neutral")]
+    with pytest.warns(UserWarning, match="has no text"):
+        texts = collect(labelled_file(tmp_path, [*stories(), *conflict, *boilerplate, *repeats, *blank]), boilerplate_count=5)
     assert {key: texts.counts[key] for key in ("rows read", "without text", "conflicting labels", "boilerplate", "exact duplicates")} == {
-        "rows read": 52, "without text": 1, "conflicting labels": 3, "boilerplate": 6, "exact duplicates": 2,
+        "rows read": 53, "without text": 2, "conflicting labels": 3, "boilerplate": 6, "exact duplicates": 2,
     }  # fmt: skip
     assert texts.conflicts.to_dict("records") == [{"text": conflict[0][0], "rows": 3, "labels": "bearish, bullish"}]
     assert texts.boilerplate.to_dict("records") == [{"text": boilerplate[0][0], "rows": 6, "labels": "neutral"}]
@@ -62,6 +62,26 @@ def test_near_duplicates_stay_in_one_split(tmp_path):
     assert {split: texts.counts[split] for split in ("train", "validation", "test")} == pytest.approx(
         {"train": 63, "validation": 13.5, "test": 13.5}, abs=3.5
     )
+
+
+def test_a_sentence_with_one_word_changed_is_a_near_duplicate(tmp_path):
+    """Breaks when sentences are compared by runs of words so long that one changed word leaves hardly any."""
+    pair = [
+        ("In the third quarter, net sales increased by 12% to EUR 159.5 million, or by 6% at comparable rates", "positive"),
+        ("In the third quarter, net sales grew by 12% to EUR 159.5 million, or by 6% at comparable rates", "positive"),
+    ]
+    other = ("In the third quarter, operating profit fell by 4% to EUR 12.1 million, or by 7% at comparable rates", "negative")
+    frame = collect(labelled_file(tmp_path, [*stories(), *pair, other])).frame
+    first, second, third = (frame[frame["raw"] == text]["group"].item() for text, _ in (*pair, other))
+    assert first == second != third
+    assert frame["group"].nunique() == 42
+
+
+def test_a_published_split_without_a_class_is_refused_before_anything_is_trained(tmp_path):
+    """Its macro-F1 would be a mean over a class that is not there; found out at the scores, two hours of training are lost."""
+    published = labelled_file(tmp_path, [row for row in stories(12, start=100) if row[1] != "neutral"], "published.csv")
+    with pytest.raises(FinetuningDatasetError, match="the published split: no row is neutral"):
+        collect(labelled_file(tmp_path, stories()), validation_path=published)
 
 
 def test_the_published_split_is_the_test_split_and_the_training_side_gives_way(tmp_path):

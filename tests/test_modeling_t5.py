@@ -164,6 +164,8 @@ def test_fused_loss_is_the_plain_loss(monkeypatch, num_items):
         torch.autograd.grad(3 * expected, (states, weight)), torch.autograd.grad(3 * found, (states, weight)), strict=True
     ):
         torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+    (frozen,) = torch.autograd.grad(3 * linear_cross_entropy(states, weight.detach(), labels, num_items), states)
+    torch.testing.assert_close(frozen, torch.autograd.grad(3 * mean_loss(states @ weight.t(), labels, num_items), states)[0])
 
 
 def test_fused_loss_in_fp16_keeps_small_gradients():
@@ -246,6 +248,16 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
         model(input_ids=torch.tensor([[3]]))
     with pytest.raises(SegmentError, match="one segment id per token"):
         model(**{**row, "encoder_segment_ids": row["encoder_segment_ids"][:, 1:]})
+    with pytest.raises(SegmentError, match="one segment id per token"):
+        model(**{**row, "decoder_segment_ids": row["decoder_segment_ids"][:, 1:]})
+    with pytest.raises(SegmentError, match="packed rows cannot be decoded with a cache"):
+        model(**row, past_key_values=model.new_cache("kv"))
+    with pytest.raises(ModelError, match="labels holds id -1"):
+        model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[-1, -100]]))
+    with pytest.raises(ModelError, match="decoder_input_ids holds id 120"):
+        model(input_ids=torch.tensor([[3]]), decoder_input_ids=torch.tensor([[120]]))
+    with pytest.raises(ModelError, match="for 2 tokens, of 3"):
+        model.encoder(torch.tensor([[3, 4, 5]]), attention_mask=torch.ones(1, 2))
     with pytest.raises(SegmentError, match="encoder_segment_ids is missing"):
         model(**{**row, "encoder_segment_ids": None})
     transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "bert")

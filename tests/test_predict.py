@@ -26,7 +26,7 @@ from src.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*another version of the code")
 ROOT = Path(__file__).parent.parent
-TEXTS = ["Profit rose in the first quarter.", "Sales fell by 12 %, more than expected.", "The report comes on Monday."]
+TEXTS = ["Profit rose in the first quarter.", "Sales fell by 12%, more than expected.", "The report comes on Monday."]
 TEMPERATURE = 2.0
 
 
@@ -49,7 +49,7 @@ def artifacts(tmp_path_factory):
         chosen = getattr(settings, task)
         model = finetuning.prepare_model(task, base.path, chosen)
         with write_artifact(settings, name, inputs=[base]) as path:
-            finetuned_checkpoints.save_finetuned(path, base.path, model, tokenizer, task, chosen, TEMPERATURE)
+            finetuned_checkpoints.save_finetuned(path, base.path, model, tokenizer, task, chosen, TEMPERATURE, "default")
     yield folder
     os.environ.pop("ARTIFACTS_DIR")
     if before is not None:
@@ -115,6 +115,15 @@ def test_batches_and_long_texts_change_nothing_and_lose_nothing(artifacts):
     with_end = classifier.classify([long, long + " Bankruptcy, losses, default and fraud followed." * 30])
     assert not np.allclose(*with_end[list(PROBABILITY_COLUMNS)].to_numpy(), atol=1e-4)
     assert np.allclose(with_end[list(PROBABILITY_COLUMNS)].sum(axis=1), 1)
+
+
+def test_texts_are_cleaned_as_those_of_training_were(artifacts):
+    """A model that never saw a link or "3 %" in training judges raw text on other ground than that on which it was calibrated."""
+    raw = ["LONDON (Reuters) - Sales fell by 12 %  https://t.co/x", "Profit rose &amp; more , it said ."]
+    found = Classifier.load("sample").classify([*raw, "Sales fell by 12%", "Profit rose & more, it said."])
+    assert found["text"].tolist()[:2] == raw
+    probabilities = found[list(PROBABILITY_COLUMNS)].to_numpy()
+    assert np.allclose(probabilities[:2], probabilities[2:], atol=1e-3)
 
 
 def test_texts_come_from_a_file_or_standard_input(command, tmp_path):

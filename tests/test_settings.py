@@ -30,6 +30,8 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"labelled.label_map": "0=good"}, "LABEL one of bearish, neutral, bullish"),
         ({"pretraining.max_steps": None}, "max_steps, max_epochs or max_minutes"),
         ({"pretraining.rows_per_step": 17}, "multiple of rows_per_micro_batch"),
+        ({"model.relative_attention_num_buckets": 7}, "even and at least 4"),
+        ({"model.relative_attention_max_distance": 16}, "more than half the number of buckets"),
         ({"classification.method": "qlora8"}, "full, lora or qlora"),
         ({"corpus.max_documents": "many"}, "corpus.max_documents"),
     ],

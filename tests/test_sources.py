@@ -113,6 +113,9 @@ BAD = {  # name: (file, content, what the message holds)
     "utf-16": ("a.csv", GOOD.encode("utf-16"), "a.csv is UTF-16"),
     "ragged": ("a.csv", b"text,label\na,b,neutral\n", "row 1 (line 2) has 3 fields, the header 2"),
     "open quote": ("a.csv", b'text,label\na,neutral\n"b,neutral\n', "row 2 (line 3) is not valid csv"),
+    "open header": ("a.csv", b'text,"label\na,neutral\n', "the header is not valid csv"),
+    "line ends of old Macs": ("a.csv", b"text,label\ra,neutral\r", "the header is not valid csv"),
+    "columns, not rows": ("a.json", b'{"text": {"0": "a"}, "label": {"0": "neutral"}}', 'write it with to_json(orient="records")'),
     "truncated": ("a.jsonl", b'{"text": "a", "label": "neutral"}\n{"text": "b", "la', "row 2 is not valid JSON"),
     "truncated array": ("a.json", b'[{"text": "a", "label": "neutral"}, {"te', "a.json is not valid JSON"),
     "not an object": ("a.jsonl", b"[1, 2]\n", "row 1 is a JSON list"),
@@ -135,6 +138,14 @@ def test_bad_files_stop_with_one_line(tmp_path, name):
     assert str(tmp_path / file) in str(error.value)
     assert "\n" not in str(error.value)
     assert ": " in str(error.value), "a cure follows the problem"
+
+
+def test_hidden_folders_are_not_data(tmp_path):
+    """Jupyter keeps an old copy of an edited csv in `.ipynb_checkpoints`: read too, its labels contradict the corrected ones."""
+    write(tmp_path / "news.csv", [("Profit rose", "positive")])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / ".ipynb_checkpoints" / "news-checkpoint.csv", [("Profit rose", "negative")])
+    assert read_labelled(tmp_path).label.tolist() == [2]
 
 
 @pytest.mark.parametrize("read", [lambda path: list(read_articles(path)), read_labelled])

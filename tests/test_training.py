@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.gradients import step_seed
+from src.interruption import TrainingInterrupted
 from src.optimizers import learning_rate_factor
 from src.training import TrainingError
 from tests import tiny_run
@@ -47,7 +49,7 @@ def starve(model, most_rows):
 
     def hungry(input_ids, **batch):
         if input_ids.shape[0] > most_rows and model.training:
-            raise torch.OutOfMemoryError("not enough memory")
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried")
         return forward(input_ids, **batch)
 
     model.forward = hungry
@@ -98,6 +100,28 @@ def test_budgets_and_early_stop(tmp_path):
     assert before_last["seconds"] < 1.2 <= minutes.state.seconds
     patient = tiny_run.run(tmp_path / "patience", max_steps=400, learning_rate=1e-9, evaluate_every=2, early_stop_evaluations=3)
     assert patient.state.step < 40
+
+
+def test_a_stop_during_the_last_evaluation_is_heeded(tmp_path):
+    """Swallowed, "run all" goes on to the next cell, and a comparison to its next job; the run itself is whole."""
+
+    def evaluate(model):
+        if len(scores) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"validation_loss": scores.pop()}
+
+    scores = [1.0, 2.0]
+    with pytest.raises(TrainingInterrupted, match="finished at step 6"):
+        tiny_run.run(tmp_path, evaluate=evaluate, max_steps=6, evaluate_every=3)
+    assert tiny_run.run(tmp_path, evaluate=None, max_steps=6, evaluate_every=3).best["step"] == 6
+
+
+def test_a_launcher_does_not_choose_the_number_format(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision fp16` would scale gradients a second time, and a run in float32 would not be one."""
+    expected = tiny_run.run(tmp_path / "plain", max_steps=3).log
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    found = tiny_run.run(tmp_path / "launched", max_steps=3).log
+    assert tiny_run.without_clocks(found) == tiny_run.without_clocks(expected)
 
 
 def test_best_weights_come_back(tmp_path):

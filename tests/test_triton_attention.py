@@ -62,6 +62,19 @@ def test_output_and_gradients_are_those_of_float64(queries, keys, causal, biased
         assert gradient.dtype == (torch.float32 if name == "b" else dtype)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_of_the_bias_is_summed_over_rows(monkeypatch, causal):
+    """Breaks when a program that takes several rows, as in training, loses one; each row has a program of its own in a small test."""
+    monkeypatch.setattr("src.triton_attention.BIAS_PROGRAMS", 1)
+    dtype = next(iter(TOLERANCES))
+    tensors, segments, _, upstream = inputs_of(128, 128, True, 16, dtype, rows=3)
+    found = packed_attention(*tensors, segments, segments, causal, 3, 0.0)[0]
+    expected, exact = expected_of(tensors, SegmentMask(segments, segments, causal), 3)
+    (gradient,) = torch.autograd.grad(found, tensors[3], upstream)
+    (exact_gradient,) = torch.autograd.grad(expected, exact[3], upstream.double())
+    assert error(gradient, exact_gradient) < TOLERANCES[dtype]
+
+
 def test_dropout_has_the_gradient_of_what_it_dropped():
     """Breaks when forward and backward draw different masks, or the rate is another: V = 1 shows which weights were kept."""
     rate, heads, length, dtype = 0.25, 2, 64, next(iter(TOLERANCES))

@@ -19,7 +19,6 @@ from torch import nn
 from src.attention import relative_position_bucket
 from src.display.data import table
 from src.display.style import ACCENT, GRID, INK, Table, finished, plain_axes
-from src.packing import IGNORED
 from src.tokenizer import WORD_START
 
 SCREEN_DPI = 72  # keeps a notebook of several figures small
@@ -36,15 +35,16 @@ def token_spans(pieces: Sequence[str], colours: Sequence[str | None]) -> str:
     return "".join(spans)
 
 
-def packed_row(batch: Mapping[str, torch.Tensor], tokenizer: Any, row: int = 0, inputs_shown: int = 512) -> HTML:
-    """One row of a batch, coloured by example: what the encoder reads above, what the decoder is to write below."""
+def packed_row(batch: Mapping[str, torch.Tensor], tokenizer: Any, row: int = 0, shown: int = 512) -> HTML:
+    """One row of a batch without its padding, coloured by example: what the encoder reads above, what the decoder is to write below."""
     parts = []
     for title, ids_key, segments_key in (("encoder", "input_ids", "encoder_segment_ids"), ("decoder", "labels", "decoder_segment_ids")):
-        ids, segments = batch[ids_key][row][:inputs_shown].tolist(), batch[segments_key][row][:inputs_shown].tolist()
-        pieces = tokenizer.convert_ids_to_tokens([tokenizer.pad_token_id if token == IGNORED else token for token in ids])
-        colours = [EXAMPLE_COLOURS[(segment - 1) % len(EXAMPLE_COLOURS)] if segment else None for segment in segments]
-        used = sum(segment > 0 for segment in batch[segments_key][row].tolist())
-        heading = f"<b>{title}</b>: {max(segments)} example(s), {used} of {batch[segments_key].shape[1]} positions used"
+        all_segments = batch[segments_key][row]  # (length,)
+        real = all_segments > 0
+        ids, segments = batch[ids_key][row][real].tolist(), all_segments[real].tolist()
+        colours = [EXAMPLE_COLOURS[(segment - 1) % len(EXAMPLE_COLOURS)] for segment in segments[:shown]]
+        pieces = tokenizer.convert_ids_to_tokens(ids[:shown])
+        heading = f"<b>{title}</b>: {max(segments)} example(s), {len(ids)} of {len(real)} positions used"
         parts.append(f"<div>{heading}<br>{token_spans(pieces, colours)}</div>")
     return HTML(f'<div style="{BOX}">{"<br>".join(parts)}</div>')
 
@@ -163,7 +163,13 @@ def position_biases(model: nn.Module, longest: int = 128) -> Figure:
         bias = attention.relative_attention_bias.weight.detach().float().cpu()[buckets].T.numpy()  # (heads, distances)
         limit = max(1e-6, np.abs(bias).max())
         picture = axes.imshow(
-            bias, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, extent=(distances[0], distances[-1], len(bias), 0)
+            bias,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="PuOr_r",
+            vmin=-limit,
+            vmax=limit,
+            extent=(distances[0], distances[-1], len(bias), 0),
         )
         axes.set_title(f"{stack} self-attention", fontsize=10, color=INK)
         axes.set(xlabel="key position minus query position", ylabel="head", yticks=np.arange(len(bias)) + 0.5)
