@@ -17,7 +17,30 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- results ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
-OVERLAP_COLUMNS = {"accuracy": "accuracy without overlap", "macro_f1": "macro-F1 without overlap"}
+OVERLAP_COLUMNS = {"accuracy": "accuracy without texts of train", "macro_f1": "macro-F1 without texts of train"}
+# What a benchmark's keys mean; a key that is plain words is shown as those.
+TITLES = {
+    "speed_ratio_dropout0": "speed without dropout, ours / stock",
+    "speed_ratio_dropout01": "speed with dropout 0.1, ours / stock",
+    "gemm_fraction": "matrix products alone, as a share of our step without dropout",
+    "products_s": "matrix products alone, seconds",
+    "tokens_per_s": "tokens a second, ours",
+    "peer_tokens_per_s": "tokens a second, stock",
+    "peak_mb": "peak memory, MB",
+    "peer_peak_mb": "peak memory of stock, MB",
+    "mfu": "share of the peak of its products (MFU), ours",
+    "peer_mfu": "share of the peak of its products (MFU), stock",
+    "cache_ratio": "cache size, standard / slim",
+    "speed_ratio_b64": "speed, batch 64, bf16, slim / standard",
+    "speed_ratio_b1": "speed, batch 1, bf16, slim / standard",
+    "speed_ratio_b64_fp32": "speed, batch 64, float32, slim / standard",
+    "speed_ratio_b1_fp32": "speed, batch 1, float32, slim / standard",
+    "error_ratio_bf16": "error in bf16, slim / standard",
+    "speed_ratio_pad512": "speed, packed / padded to 512",
+    "speed_ratio_bucketed": "speed, packed / padded in buckets of length",
+    "speed_ratio_sorted": "speed, packed / padded in batches sorted by length",
+    "real_token_fraction": "real tokens in packed rows",
+}
 
 
 def number(value: Any) -> str:
@@ -31,6 +54,8 @@ def number(value: Any) -> str:
 
 def words(key: str) -> str:
     """`minutes_to_4_5` is "minutes to 4.5"."""
+    if key in TITLES:
+        return TITLES[key]
     return re.sub(r"(?<=\d)_(?=\d)", ".", key).replace("_", " ")
 
 

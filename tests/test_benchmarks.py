@@ -37,7 +37,7 @@ def test_results_become_tables(tmp_path, monkeypatch):
     for line in (
         "| ratio | 1.50 |",
         "| | half | whole |",
-        "| peak mb | 1,000 | 1,234 |",
+        "| peak memory, MB | 1,000 | 1,234 |",
         "| best | not reached |",
         "`python -m benchmarks.speed`, CPU, 2 cores: one core was busy",
     ):
