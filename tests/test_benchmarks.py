@@ -44,7 +44,7 @@ def test_results_become_tables(tmp_path, monkeypatch):
         assert line in page
     models = [line for line in page.splitlines() if line.startswith(("| model", "| svm", "| head"))]
     assert models == [
-        "| model | accuracy | 95 % | macro-F1 | accuracy without overlap | parameters, M | training, s |",
+        "| model | accuracy | 95 % | macro-F1 | accuracy without texts of train | parameters, M | training, s |",
         "| head | 0.875 | 0.500 to 1.00 | 0.800 |  | 15.12 | 12.50 |",
         "| svm | 0.750 | 0.500 to 1.00 | 0.700 | 0.625 |  |  |",
     ]
