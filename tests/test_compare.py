@@ -177,13 +177,18 @@ def test_the_temperature_of_several_seeds_is_fitted_on_their_average(run, monkey
     assert not np.allclose(found, frames[0].sort_values(["fold", "text_id"])[list(PROBABILITY_COLUMNS)])
 
 
-def test_near_duplicates_shape_a_job(run, monkeypatch):
-    """The part of the training rows that chooses the weights is drawn by groups: other groups are another job."""
-    run("--models", "random_init")
+def test_near_duplicates_shape_a_job(run, tmp_path, monkeypatch):
+    """The training rows that choose the weights are drawn by groups: with other groups, the same rows are another job."""
+    rows = pd.DataFrame(sample_sentences()[:240]).drop_duplicates("text")
+    rows["label"] = rows["label"].map({0: "bullish", 1: "neutral", 2: "bearish"})
+    rows.iloc[:160].to_csv(tmp_path / "train.csv", index=False)
+    rows.iloc[160:].to_csv(tmp_path / "validation.csv", index=False)
+    options = ["--labelled", str(tmp_path / "train.csv"), "--validation", str(tmp_path / "validation.csv"), "--models", "random_init"]
+    run(*options)
     monkeypatch.setattr(cross_validation, "finetune", refuse)
-    run("--models", "random_init", "--only-folds", "1")
+    run(*options)
     with pytest.raises(AssertionError, match="trained again"):
-        run("--models", "random_init", "--set", "labelled.near_duplicate_threshold=0.4")
+        run(*options, "--set", "labelled.near_duplicate_threshold=0.3")
 
 
 def test_label_efficiency_curve(run, tmp_path):

@@ -116,12 +116,14 @@ def test_a_stop_during_the_last_evaluation_is_heeded(tmp_path):
     assert tiny_run.run(tmp_path, evaluate=None, max_steps=6, evaluate_every=3).best["step"] == 6
 
 
-def test_a_launcher_does_not_choose_the_number_format(tmp_path, monkeypatch):
+def test_a_launcher_does_not_choose_the_number_format(tmp_path):
     """`accelerate launch --mixed_precision fp16` would scale gradients a second time, and a run in float32 would not be one."""
-    expected = tiny_run.run(tmp_path / "plain", max_steps=3).log
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    found = tiny_run.run(tmp_path / "launched", max_steps=3).log
-    assert tiny_run.without_clocks(found) == tiny_run.without_clocks(expected)
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.tiny_run", str(tmp_path / "launched"), "max_steps=3"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (folder,) = (tmp_path / "launched").glob("run-*")
+    log = [json.loads(line) for line in (folder / "step-00000003" / "training_log.jsonl").read_text().splitlines()]
+    assert tiny_run.without_clocks(log) == tiny_run.without_clocks(tiny_run.run(tmp_path / "plain", max_steps=3).log)
 
 
 def test_best_weights_come_back(tmp_path):
