@@ -209,7 +209,7 @@ def read_finished(job: Job, folder: Path) -> Finished | None:
     except ArtifactError:
         return None
     if manifest["code"] != code_digest():
-        warnings.warn(f"{folder} was made by another version of the code: remove it to make it again if that matters", stacklevel=2)
+        warnings.warn(f"{folder.parent} holds jobs of another version of the code: remove it to repeat them if that matters", stacklevel=2)
     paths = (folder / f"{name}.parquet" for name in ("test", "validation", "generated"))
     frames = [pd.read_parquet(path) if path.exists() else None for path in paths]
     return Finished(job, *frames, json.loads((folder / "costs.json").read_text()))
