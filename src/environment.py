@@ -109,7 +109,7 @@ def machine() -> str:
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*gpu, processor, f"{cores} cores"])
+    return ", ".join([*gpu, processor, f"{cores} core" + "s" * (cores != 1)])
 
 
 def report() -> str:
