@@ -6,7 +6,6 @@ step seeds them from its own number. Hashing costs reading every file once more,
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import shutil
@@ -84,11 +83,10 @@ def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, t
     whole = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in whole["state"].items():
-        # bitsandbytes hides its 8-bit state one level deeper from FSDP, and reads it from either place.
-        deeper = [entry.items() for entry in entries.values() if isinstance(entry, dict)]
-        flat = [(key, entry) for key, entry in entries.items() if not isinstance(entry, dict)]
-        for key, entry in itertools.chain(flat, *deeper):
-            (tensors if torch.is_tensor(entry) else values)[f"{index}.{key}"] = entry
+        for key, entry in entries.items():
+            # bitsandbytes hides its 8-bit state one level deeper from FSDP, and reads it from either place.
+            for name, part in entry.items() if isinstance(entry, dict) else [(key, entry)]:
+                (tensors if torch.is_tensor(part) else values)[f"{index}.{name}"] = part
     return tensors, {"values": values, "param_groups": whole["param_groups"]}
 
 

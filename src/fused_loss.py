@@ -50,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         small = weight.to(states.dtype)
         rows = max(FLOAT_ROWS, CHUNK_BYTES // (weight.shape[0] * states.element_size()))
         total = states.new_zeros((), dtype=torch.float32)
+        needs_weight = needs_gradient and ctx.needs_input_grad[1]  # which alone is true without gradients, too
         d_states, d_weight = (torch.empty_like(states), None) if needs_gradient else (None, None)
         # A small share of a small probability would vanish in float16, so there the share is taken at the end.
         inner, outer = (1.0, share) if states.dtype == torch.float16 else (share, 1.0)
@@ -61,11 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += loss_and_gradient_(logits, labels[chunk], label_weights[chunk])
                 if needs_gradient:
                     d_states[chunk] = logits @ small  # `logits` now hold their gradient
-                if ctx.needs_input_grad[1]:
+                if needs_weight:
                     part = logits.t() @ states[chunk]
                     d_weight = part if d_weight is None else at_least_float32(d_weight).add_(part)
         if needs_gradient:
-            if ctx.needs_input_grad[1]:
+            if needs_weight:
                 d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
             # Not `save_for_backward`: that would keep a second owner, and autograd copies a gradient that it does not own alone.
             ctx.gradients, ctx.share = (d_states, d_weight), outer
