@@ -20,9 +20,10 @@ from benchmarks.device import DEVICE, synchronize
 from src.environment import device_name
 from src.kv_cache import CACHE_KINDS
 from src.modeling_t5 import T5ForConditionalGeneration
+from src.precision import DTYPES
 
 SOURCES, TARGETS, BATCHES = (40, 512, 2048), (4, 114, 512), (1, 8, 64)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = ("bf16", "fp32")
 HEADLINE = [(512, 114, 64, "bf16"), (512, 114, 1, "bf16"), (512, 114, 64, "fp32"), (512, 114, 1, "fp32")]
 KINDS = ("kv", "k+e", "x+e")
 
@@ -92,7 +93,8 @@ def logit_errors(config: T5Config, kinds: tuple[str, ...], source: int, target: 
     ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator).to(DEVICE)
     forced = torch.randint(2, config.vocab_size, (batch, target), generator=generator).to(DEVICE)
     errors: dict[str, dict[str, float]] = {}
-    for name, dtype in DTYPES.items():
+    for name in PRECISIONS:
+        dtype = DTYPES[name]
         model = build(config, dtype)
         exact = build(config, dtype).double()  # the rounded weights in exact arithmetic: the error of running, not of storing
         states = exact.encoder(ids).last_hidden_state
@@ -127,9 +129,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     config = T5Config(vocab_size=options.vocab_size, num_layers=options.layers, decoder_start_token_id=0, dropout_rate=0.0)
-    grid = HEADLINE if options.cases == "headline" else list(itertools.product(SOURCES, TARGETS, BATCHES, DTYPES))
+    grid = HEADLINE if options.cases == "headline" else list(itertools.product(SOURCES, TARGETS, BATCHES, PRECISIONS))
     models = {
-        name: {"ours": build(config, d), "stock": build(config, d, transformers.T5ForConditionalGeneration)} for name, d in DTYPES.items()
+        name: {"ours": build(config, DTYPES[name]), "stock": build(config, DTYPES[name], transformers.T5ForConditionalGeneration)}
+        for name in PRECISIONS
     }
     cases = []
     for source, target, batch, dtype in grid:

@@ -27,9 +27,10 @@ from src.config import FinetuningSettings
 from src.environment import device_name, keep_freed_memory
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
-from src.inference import autocast, precision_dtype, to_device
+from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer
+from src.precision import autocast, precision_dtype
 from src.profiles import settings_for
 from src.sources import read_labelled
 from src.tokenizer import load_tokenizer, train_tokenizer

@@ -21,9 +21,10 @@ from src.collators import PretrainingBatches
 from src.compilation import compile_blocks
 from src.config import PretrainingSettings
 from src.environment import keep_freed_memory
-from src.inference import autocast, precision_dtype, to_device
+from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
+from src.precision import autocast, precision_dtype
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 

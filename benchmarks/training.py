@@ -27,8 +27,9 @@ from benchmarks.device import DEVICE, ON_GPU, synchronize
 from src.compilation import compile_blocks
 from src.cuda_graphs import RecordedPass
 from src.environment import device_name, keep_freed_memory
-from src.inference import DTYPES, to_device
+from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
+from src.precision import DTYPES
 
 CALLS = 10 if ON_GPU else 1  # timed together: a step takes seconds on a CPU and milliseconds on a GPU
 SOURCE, TARGET = 512, 114

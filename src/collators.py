@@ -157,48 +157,17 @@ class PretrainingBatches:
         return np.concatenate(texts)
 
 
-class TextToTextBatches:
-    """`"sentiment: " + text` to the word of its label, packed: the source of text-to-text fine-tuning.
+class LabelledBatches:
+    """Labelled sentences as token ids: what both sources of fine-tuning share.
 
     Args:
-        labels: indices into `LABELS`, or the target texts themselves; None leaves the targets empty (for `generate`).
+        labels: indices into `LABELS`; None where there are none to learn from.
+        rows: packed rows in one micro-batch.
+        shuffle: new order of rows in each epoch; False keeps the packer's order.
+        truncate: whether a text that is longer than a row loses its end; else it is an error when the epoch is packed.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[str],
-        labels: Sequence[int] | Sequence[str] | None,
-        tokenizer: Any,
-        settings: FinetuningSettings,
-        rows: int | None = None,
-        shuffle: bool = True,
-        truncate: bool = False,
-    ) -> None:
-        self.settings, self.shuffle = settings, shuffle
-        self.rows = rows or settings.rows_per_micro_batch
-        self.pad_id = tokenizer.pad_token_id
-        self.inputs = encode([TASK_PREFIX + text for text in texts], tokenizer, settings.inputs_length if truncate else None)
-        words = [""] * len(texts) if labels is None else [LABELS[label] if not isinstance(label, str) else label for label in labels]
-        self.targets = [np.zeros(0, np.int64)] * len(texts) if labels is None else encode(words, tokenizer)
-
-    def epoch(self, epoch: int) -> PackedEpoch:
-        row_lengths = (self.settings.inputs_length, self.settings.targets_length)
-        target_lengths = lengths_of(self.targets)
-        packing = best_fit_pack(lengths_of(self.inputs), target_lengths, *row_lengths, epoch_rng(self.settings.seed, epoch, self.shuffle))
-
-        def read(example: int) -> Pair:
-            return self.inputs[example], self.targets[example]
-
-        collate = functools.partial(collate_pairs, read=read, row_lengths=row_lengths, pad_id=self.pad_id)
-        return PackedEpoch(packing, self.rows, row_sums(packing, target_lengths), collate)
-
-
-class ClassificationBatches:
-    """Sentences packed in encoder rows with one label per segment: the source of the classification head.
-
-    A batch holds input_ids and encoder_segment_ids (rows, inputs_length) and labels (rows, most segments in a row of the epoch), -100
-    where a row has no such segment. Without labels every real segment is labelled 0, so `labels != -100` marks them still.
-    """
+    prefix = ""  # of every text
 
     def __init__(
         self,
@@ -213,13 +182,55 @@ class ClassificationBatches:
         self.settings, self.shuffle = settings, shuffle
         self.rows = rows or settings.rows_per_micro_batch
         self.pad_id = tokenizer.pad_token_id
-        self.inputs = encode(texts, tokenizer, settings.inputs_length if truncate else None)
-        self.labels = np.zeros(len(texts), np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+        self.inputs = encode([self.prefix + text for text in texts], tokenizer, settings.inputs_length if truncate else None)
+        self.take_labels(labels, tokenizer)
+
+    def take_labels(self, labels: Sequence[int] | None, tokenizer: Any) -> None:
+        """Keep the labels, one for each of `self.inputs`, as what the task learns from."""
+        raise NotImplementedError
+
+    def pack(self, epoch: int, target_lengths: np.ndarray, longest_targets: int) -> Packing:
+        rng = epoch_rng(self.settings.seed, epoch, self.shuffle)
+        return best_fit_pack(lengths_of(self.inputs), target_lengths, self.settings.inputs_length, longest_targets, rng)
+
+
+class TextToTextBatches(LabelledBatches):
+    """`"sentiment: " + text` to the word of its label, packed: the source of text-to-text fine-tuning.
+
+    Without labels the targets are empty, as `generate` wants them.
+    """
+
+    prefix = TASK_PREFIX
+
+    def take_labels(self, labels: Sequence[int] | None, tokenizer: Any) -> None:
+        count = len(self.inputs)
+        self.targets = [np.zeros(0, np.int64)] * count if labels is None else encode([LABELS[label] for label in labels], tokenizer)
+
+    def epoch(self, epoch: int) -> PackedEpoch:
+        target_lengths = lengths_of(self.targets)
+        packing = self.pack(epoch, target_lengths, self.settings.targets_length)
+        row_lengths = (self.settings.inputs_length, self.settings.targets_length)
+
+        def read(example: int) -> Pair:
+            return self.inputs[example], self.targets[example]
+
+        collate = functools.partial(collate_pairs, read=read, row_lengths=row_lengths, pad_id=self.pad_id)
+        return PackedEpoch(packing, self.rows, row_sums(packing, target_lengths), collate)
+
+
+class ClassificationBatches(LabelledBatches):
+    """Sentences packed in encoder rows with one label per segment: the source of the classification head.
+
+    A batch holds input_ids and encoder_segment_ids (rows, inputs_length) and labels (rows, most segments in a row of the epoch), -100
+    where a row has no such segment. Without labels every real segment is labelled 0, so `labels != -100` marks them still.
+    """
+
+    def take_labels(self, labels: Sequence[int] | None, tokenizer: Any) -> None:
+        self.labels = np.zeros(len(self.inputs), np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
 
     def epoch(self, epoch: int) -> PackedEpoch:
         no_targets = np.zeros(len(self.inputs), np.int64)
-        rng = epoch_rng(self.settings.seed, epoch, self.shuffle)
-        packing = best_fit_pack(lengths_of(self.inputs), no_targets, self.settings.inputs_length, 0, rng)
+        packing = self.pack(epoch, no_targets, 0)
 
         def collate(rows: Sequence[np.ndarray]) -> Batch:
             filled = []

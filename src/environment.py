@@ -67,18 +67,6 @@ def in_notebook() -> bool:
     return kernel is not None and kernel.IPKernelApp.initialized()
 
 
-def best_precision() -> str:
-    """The number format that this device computes fast: bf16 where it is native, else fp16 on CUDA, else fp32."""
-    import torch
-
-    if torch.cuda.is_available():
-        # A T4 emulates bf16 slowly and still answers True without this flag.
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
-        return "bf16"
-    return "fp32"
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to hold on to freed memory. A training step on a CPU frees and asks again for gigabytes, and by default the
     system takes each large block back and hands it out zeroed, page by page: 15 % of a step. Other systems are left as they are."""
@@ -114,6 +102,8 @@ def machine() -> str:
 
 def report() -> str:
     """A plain table of versions, device and number format."""
+    from src.precision import best_precision
+
     rows = [("python", platform.python_version()), *((name, installed(name) or "absent") for name in SHOWN_PACKAGES)]
     rows += [("device", device_name()), ("precision", best_precision())]
     return "\n".join(f"{name:<14} {value}" for name, value in rows)

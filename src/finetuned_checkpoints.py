@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
 from transformers.utils import logging as transformers_logging
 
 from src.config import FinetuningSettings
-from src.inference import precision_dtype
 from src.labels import LABELS
 from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification
+from src.precision import frozen_dtype, precision_dtype
 from src.qlora import load_adapter, merge_to_16_bit, save_adapter
 from src.tokenizer import load_tokenizer
 
@@ -114,9 +114,7 @@ def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings
         model = load_full(about["task"], folder)
     else:
         base = load_base(about["task"], base_folder, settings)
-        dtype = precision_dtype(settings)
-        base = base.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        model = load_adapter(base, folder, base_folder, dtype)
+        model = load_adapter(base.to(frozen_dtype(settings)), folder, base_folder, precision_dtype(settings))
     return model.eval(), load_tokenizer(folder), about
 
 

@@ -20,8 +20,9 @@ from src.collators import ClassificationBatches, TextToTextBatches
 from src.config import FinetuningSettings
 from src.evaluation import evaluate_predictions, predictions_frame
 from src.finetuned_checkpoints import FinetuningError, load_base, save_finetuned
-from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods, precision_dtype
+from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods
 from src.labels import LABELS
+from src.precision import frozen_dtype, precision_dtype
 from src.qlora import add_adapters, base_digest, parameter_table, quantise
 from src.tokenizer import load_tokenizer
 from src.training import train
@@ -61,12 +62,10 @@ def prepare_model(task: str, folder: Path, settings: FinetuningSettings, random_
     model = load_base(task, folder, settings, random_init)
     if settings.method == "full":
         return model
-    dtype = precision_dtype(settings)
-    # Norms and embeddings compute in the dtype of their weights, and float16 would overflow there.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    model = model.to(device, frozen_dtype(settings))
     if settings.method == "qlora":
-        quantise(model, dtype)
+        quantise(model, precision_dtype(settings))
     return add_adapters(model, settings)
 
 

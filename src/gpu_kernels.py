@@ -7,7 +7,7 @@ import shutil
 import torch
 
 # Triton builds its launcher with a C compiler, which an image made to run programs only may lack.
-HAS_C_COMPILER = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+HAS_C_COMPILER = any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
 HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and HAS_C_COMPILER
 OLDEST_GPU = (8, 0)  # Ampere: the kernels were not tried on what came before
 

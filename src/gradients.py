@@ -16,10 +16,8 @@ from torch import nn
 
 from src.config import TrainingSettings
 from src.cuda_graphs import RecordedPass, can_record
-from src.environment import best_precision
 from src.packing import IGNORED
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from src.precision import autocast, precision_of
 
 
 class TrainingError(ValueError):
@@ -55,7 +53,7 @@ class StepGradients:
         self.accelerator = Accelerator(
             mixed_precision="no", kwargs_handlers=handlers, log_with=settings.tracker, project_dir=tracker_folder
         )
-        self.precision = best_precision() if settings.precision == "auto" else settings.precision
+        self.precision = precision_of(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.model = self.accelerator.prepare_model(model)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -70,8 +68,7 @@ class StepGradients:
         return self.accelerator.device
 
     def autocast(self) -> AbstractContextManager:
-        dtype = AUTOCAST.get(self.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return autocast(self.model, self.settings)
 
     def accumulate(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
         """Gradient of the mean loss over the labels of all rows `start..stop`, summed over micro-batches and processes.

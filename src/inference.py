@@ -6,30 +6,17 @@ beginning of such a text, as far as a row holds it, and batches are padded.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from src.collators import Batch, ClassificationBatches, TextToTextBatches, encode
-from src.config import FinetuningSettings, TrainingSettings
-from src.environment import best_precision
+from src.config import FinetuningSettings
 from src.evaluation import NO_LABEL
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.packing import fill_row
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision_dtype(settings: TrainingSettings) -> torch.dtype:
-    """The float type that matrix products are computed in."""
-    return DTYPES[best_precision() if settings.precision == "auto" else settings.precision]
-
-
-def autocast(model: torch.nn.Module, settings: TrainingSettings) -> AbstractContextManager:
-    dtype = precision_dtype(settings)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(next(model.parameters()).device.type, dtype)
+from src.precision import autocast
 
 
 def windows(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from transformers.optimization import Adafactor
 
 from src.config import TrainingSettings
-from src.environment import best_precision
+from src.precision import best_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
 SMALLEST_RMS = 1e-2  # a parameter that starts at zero must still move (as in Adafactor, arXiv 1804.04235, section 8)

@@ -24,10 +24,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.collators import Documents, PackedEpoch, PretrainingBatches, sentinel_range
 from src.config import ModelSettings, PretrainingSettings
-from src.environment import best_precision
 from src.initialisation import InformedStart
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
+from src.precision import DTYPES, best_precision
 from src.span_corruption import corrupted_lengths, example_rng, noise_mask
 from src.tokenizer import WORD_START, TokenizedDocuments, copy_sentencepiece
 from src.training import TrainingResult
@@ -192,9 +192,8 @@ def measure_decoding(
         Columns `kind`, `batch`, `mebibytes`, `tokens_per_second` (from the encoder output on, the better of two runs).
     """
     input_ids = source.epoch(0).batch(0, 1)["input_ids"].to(model.device)
-    fast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(best_precision())
     rows = []
-    for dtype in filter(None, (torch.float32, fast)):
+    for dtype in dict.fromkeys((torch.float32, DTYPES[best_precision()])):
         copied = copy.deepcopy(model).to(dtype).eval()
         states = copied.encoder(input_ids).last_hidden_state  # (1, source, d_model)
         for batch, kind in itertools.product(batches, ("kv", "x+e")):
