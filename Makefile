@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PROFILE ?= sample
-OPTIONS := CORPUS CORPUS_COLUMN MAX_DOCUMENTS LABELLED VALIDATION TEXT_COLUMN LABEL_COLUMN LABEL_MAP MINUTES
+OPTIONS := CORPUS CORPUS_COLUMN MAX_DOCUMENTS LABELLED VALIDATION TEXT_COLUMN LABEL_COLUMN LABEL_MAP MINUTES THROUGH
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
 ARGUMENTS = --profile "$(PROFILE)" $(foreach o,$(OPTIONS),$(if $($(o)),--$(call lower,$(o)) "$($(o))")) $(foreach s,$(SET),--set "$(s)")
 

@@ -150,10 +150,10 @@ def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
     return copy
 
 
-def run(settings: Settings, *, force: bool = False, in_place: bool = False) -> list[dict[str, Any]]:
-    """Run every stage that is not current, in order; returns one row a stage for the closing table."""
+def run(settings: Settings, *, through: int = len(STAGES), force: bool = False, in_place: bool = False) -> list[dict[str, Any]]:
+    """Run every stage up to number `through` that is not current, in order; returns one row a stage for the closing table."""
     rows = []
-    for number, stage in enumerate(STAGES, 1):
+    for number, stage in enumerate(STAGES[:through], 1):
         prefix = f"[{number}/{len(STAGES)}] {stage.notebook}"
         reason = "asked for" if force else reason_to_run(settings, stage)
         started = time.monotonic()
@@ -182,7 +182,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
 
 
 def print_summary(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """The closing tables: what each stage made and where, and the scores of every model on the same test rows."""
+    """The closing tables: what each stage made and where, and the scores of every model on the same test rows once all are done."""
     folder = artifacts_folder(settings.profile)
     print(f"\n{'made':<22}{'seconds':>8}  where and what")
     for row in rows:
@@ -191,6 +191,8 @@ def print_summary(settings: Settings, rows: list[dict[str, Any]]) -> None:
             seconds = "current" if row["seconds"] is None else f"{row['seconds']:.0f}"
             print(f"{name:<22}{seconds:>8}  {folder / name}: {describe(manifest)}")
     print(f"{'executed notebooks':<22}{'':>8}  {folder / 'notebooks'}")
+    if rows[-1]["stage"] is not STAGES[-1]:
+        return
     models = json.loads((folder / "text_to_text" / "comparison.json").read_text(encoding="utf-8"))["models"]
     print(f"\n{'model':<28}{'accuracy':>9}{'macro-F1':>10}")
     for model in models:
@@ -213,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     for option, (key, description) in OPTIONS.items():
         run_parser.add_argument(f"--{option.replace('_', '-')}", help=f"{description} ({key})")
     run_parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
+    run_parser.add_argument("--through", type=int, choices=range(1, len(STAGES) + 1), default=len(STAGES), help="the last notebook to run")
     run_parser.add_argument("--force", action="store_true", help="run every stage again")
     run_parser.add_argument("--in-place", action="store_true", help="also replace the notebooks here by the executed ones")
     compare_parser = commands.add_parser("compare", help="cross-validate the models and the baselines on labelled sentences")
@@ -231,7 +234,7 @@ def main() -> int:
             arguments.compare(arguments)
             return 0
         settings = settings_from(arguments)
-        rows = run(settings, force=arguments.force, in_place=arguments.in_place)
+        rows = run(settings, through=arguments.through, force=arguments.force, in_place=arguments.in_place)
         print_summary(settings, rows)
     except (StageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
-from src.checkpoints import Checkpoints, TrainingState, run_digest
+from src.checkpoints import CheckpointError, Checkpoints, TrainingState, run_digest
 from src.compilation import compiled_blocks, uncompiled
 from src.config import TrainingSettings
 from src.environment import keep_freed_memory
@@ -127,9 +127,19 @@ class TrainingRun:
         if (found := self.checkpoints.load_newest(self.model, self.optimizer, self.gradients.scaler)) is not None:
             self.state, self.log = found
             print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
+        self.require_one_place()
         self.clock_start = time.monotonic() - self.state.seconds
         self.open_epoch()
         return found is not None
+
+    def require_one_place(self) -> None:
+        """Raises CheckpointError unless all processes stand at one step: weights of two steps would be averaged in silence."""
+        step, processes = self.state.step, self.accelerator.num_processes
+        total, squares = self.gradients.sum_over_processes(float(step), float(step**2))
+        if total**2 != processes * squares:
+            raise CheckpointError(
+                f"this process is at step {step} and another one is not: keep {self.checkpoints.folder} on a disk that all of them share"
+            )
 
     def initialise(self, initialise: Callable[[nn.Module], None]) -> None:
         """First weights, of one process for all: two machines may round them differently. The clock runs meanwhile."""

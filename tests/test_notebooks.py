@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from src import pipeline, profiles, stages
+from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
 STAGES = stages.STAGES
@@ -114,6 +115,9 @@ def test_a_second_run_redoes_nothing(sample_run):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(": current, nothing to do") == len(STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "sample").rglob("manifest.json")}
+    part = run_pipeline(folder, "--through", "2")
+    assert part.returncode == 0, part.stderr
+    assert part.stdout.count(": current, nothing to do") == 2
 
 
 @pytest.mark.notebooks
@@ -140,6 +144,22 @@ def test_a_damaged_input_stops_the_notebook_itself(sample_run, stage, fault, tmp
     # An edited setting makes all that its stage wrote stale: the first that is opened is named.
     assert any(name in str(error.value) for name in (upstream.outputs if fault == "edited setting" else [damaged.name]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.notebooks
+def test_what_several_processes_trained_is_found_by_the_notebook(sample_run, tmp_path, monkeypatch):
+    """The way to several GPUs: if launcher and notebook named the run differently, hours of training would be done again."""
+    folder, _ = sample_run
+    for name in ("tokenizer", "pretraining_dataset"):
+        shutil.copytree(folder / "sample" / name, tmp_path / "sample" / name)
+    monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path))
+    trained = tiny_run.two_processes("src.pretrain", "--profile", "sample", "--set", "pretraining.max_steps=4")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert trained.stdout.count("trained to step 4") == 1
+    settings = profiles.settings_for("sample", {"pretraining.max_steps": 4})
+    copy = pipeline.run_notebook(settings, stages.stage_of("pretrained"), "test")
+    assert "finished already at step 4" in copy.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "sample/pretrained/manifest.json").read_text())["counts"]["steps"] == 4
 
 
 def test_progress_bars_collapse_to_their_last_state():

@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,6 @@ from src.interruption import TrainingInterrupted
 from src.optimizers import learning_rate_factor
 from src.training import TrainingError
 from tests import tiny_run
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_accumulation_keeps_the_global_batch(tmp_path):
@@ -120,7 +116,7 @@ def test_a_launcher_does_not_choose_the_number_format(tmp_path):
     """`accelerate launch --mixed_precision fp16` would scale gradients a second time, and a run in float32 would not be one."""
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.tiny_run", str(tmp_path / "launched"), "max_steps=3"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=tiny_run.ROOT, env=environment, check=True, capture_output=True)
     (folder,) = (tmp_path / "launched").glob("run-*")
     log = [json.loads(line) for line in (folder / "step-00000003" / "training_log.jsonl").read_text().splitlines()]
     assert tiny_run.without_clocks(log) == tiny_run.without_clocks(tiny_run.run(tmp_path / "plain", max_steps=3).log)
@@ -141,20 +137,25 @@ def test_best_weights_come_back(tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    """Data-parallel training must be the same training: same first weights, global batch and losses; only one process writes."""
+    """Data-parallel training must be the same training, killed and resumed: same first weights, batch and losses; one process writes."""
     options = ["max_steps=8", "dropout=0", "halved=true"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20_000, 40_000))]
-    command = [*launch, "-m", "tests.tiny_run", str(tmp_path / "two"), *options]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two"), *options, "killed_at=7").returncode != 0
+    finished = tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two"), *options)
     assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.count("resumed at step 5") == 2
     one = tiny_run.run(tmp_path / "one", dropout=0, halved=True, max_steps=8)
     (folder,) = (tmp_path / "two").glob("run-*")
     log = [json.loads(line) for line in (folder / "step-00000008" / "training_log.jsonl").read_text().splitlines()]
     for key in ("loss", "gradient_norm", "tokens"):
         theirs, ours = ([record[key] for record in records if "loss" in record] for records in (log, one.log))
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "two" / "processes.json").read_text()) == 2
+    about = [json.loads((tmp_path / "two" / f"process-{number}.json").read_text()) for number in (0, 1)]
+    assert [process["processes"] for process in about] == [2, 2]
+    assert about[0]["folders_written"] > 0 == about[1]["folders_written"]
+    (tmp_path / "two").rename(tmp_path / "two-0")  # as on two machines without a common disk
+    apart = tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two-{rank}"), *options)
+    assert apart.returncode != 0
+    assert "this process is at step 0 and another one is not: keep" in apart.stderr
 
 
 def test_schedule_by_integers():

@@ -1,10 +1,16 @@
 """A training run small enough to be killed and resumed many times; run as a script it is the victim.
 
-`python -m tests.tiny_run FOLDER [key=value ...]` trains (resuming by itself) and writes the number of processes to `FOLDER/processes.json`.
+`python -m tests.tiny_run FOLDER [key=value ...]` trains, resuming by itself; each process then writes `process-<number>.json` there: how
+many there were, and how many folders it put in place. With `killed_at=STEP` it dies before the step that follows, and
+`{rank}` in FOLDER is the number of the process.
 """
 
 import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,13 +21,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from src import checkpoints, training
+from src import checkpoints, training, verified_folders
 from src.checkpoints import LOG, OPTIMIZER, WEIGHTS, Checkpoints
 from src.collators import PretrainingBatches
 from src.config import ModelSettings, PretrainingSettings
 from src.pretraining import new_model
 from src.tokenizer import TokenizedDocuments
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = PretrainingSettings(
     max_steps=24, inputs_length=48, targets_length=16, warmup_steps=4, rows_per_step=4, rows_per_micro_batch=2,
     evaluate_every=6, checkpoint_every=5, precision="fp32", optimizer="adamw_rms_scaled", learning_rate=0.02,
@@ -81,6 +88,13 @@ def run(folder, model=None, count=30, evaluate=None, initialise=None, dropout=MO
     return training.train(model, source(settings, count), settings, Path(folder), evaluate=evaluate, initialise=first)
 
 
+def two_processes(module, *arguments):
+    """Run a module in two processes on this CPU; returns what `subprocess.run` does."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20_000, 40_000))]
+    return subprocess.run([*launch, "-m", module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def without_clocks(log):
     return [{key: value for key, value in record.items() if key not in CLOCKS} for record in log]
 
@@ -109,10 +123,28 @@ def parse(text):
 
 def main():
     folder, *pairs = sys.argv[1:]
+    folder = folder.format(rank=os.environ.get("RANK", "0"))
     changes = {key: parse(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-    result = run(folder, **changes)
-    if result.state.finished and Accelerator().is_main_process:
-        (Path(folder) / "processes.json").write_text(json.dumps(Accelerator().num_processes))
+    if killed_at := changes.pop("killed_at", None):
+        die_after(killed_at)
+    written, publish = [], verified_folders.publish
+    verified_folders.publish = lambda *arguments: written.append(arguments) or publish(*arguments)
+    run(folder, **changes)
+    accelerator = Accelerator()
+    about = {"processes": accelerator.num_processes, "folders_written": len(written)}
+    (Path(folder) / f"process-{accelerator.process_index}.json").write_text(json.dumps(about))
+
+
+def die_after(step):
+    """Kill this process, as `kill -9` would, when that step is over and the next begins."""
+    take_step = training.TrainingRun.take_step
+
+    def dying(self, *arguments):
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(self, *arguments)
+
+    training.TrainingRun.take_step = dying
 
 
 def slow_down(seconds):

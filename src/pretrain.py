@@ -1,0 +1,83 @@
+"""Stage 3's training alone, for more than one GPU or machine: `accelerate launch --num_processes 4 -m src.pretrain --profile small`.
+
+A notebook is one process. This trains the same run in as many as the launcher starts, and keeps it where the notebook looks: run that
+afterwards with the same settings, and it finds the training done, shows what came of it and writes the artifact.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from src.artifacts import Artifact, open_artifact
+from src.collators import PretrainingBatches
+from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
+from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
+from src.tokenizer import TokenizedDocuments, load_tokenizer
+from src.training import TrainingResult, train
+
+
+def pretrain(
+    settings: Settings,
+    inputs: Sequence[Artifact],
+    model: nn.Module,
+    source: PretrainingBatches,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    initialise: Callable[[nn.Module], None] | None,
+    on_evaluation: Callable[[list[dict[str, Any]]], None],
+) -> TrainingResult:
+    """`src.training.train`, told what makes two runs of stage 3 the same one (settings and `inputs`) and where its checkpoints lie."""
+    return train(
+        model,
+        source,
+        settings.pretraining,
+        artifacts_folder(settings.profile) / ".checkpoints" / "pretrained",
+        evaluate=evaluate,
+        initialise=initialise,
+        on_evaluation=on_evaluation,
+        run_inputs={artifact.name: artifact.digest for artifact in inputs},
+    )
+
+
+def run(settings: Settings) -> TrainingResult:
+    """Train, or go on, in this process and those that the launcher started beside it."""
+    inputs = [open_artifact(settings, name) for name in ("tokenizer", "pretraining_dataset")]
+    tokenizer = load_tokenizer(inputs[0].path)
+    documents = {split: TokenizedDocuments.load(inputs[1].path, split) for split in ("train", "validation")}
+    train_source, validation_source = (PretrainingBatches(documents[split], tokenizer, settings.pretraining) for split in documents)
+    model = new_model(settings.model, tokenizer, settings.pretraining.seed)
+
+    def initialise(model: nn.Module) -> None:  # counts the corpus in one process and in a new run only
+        if (start := first_weights(model, documents["train"], settings.pretraining)) is not None:
+            start(model)
+
+    evaluate = SpanCorruptionEvaluation(validation_source, tokenizer, settings.pretraining.validation_rows)
+    return pretrain(settings, inputs, model, train_source, evaluate=evaluate, initialise=initialise, on_evaluation=print_evaluation)
+
+
+def print_evaluation(log: Sequence[Mapping[str, Any]]) -> None:
+    scores = ", ".join(f"{key.removeprefix('validation_')} {value:.3f}" for key, value in log[-1].items() if key.startswith("validation_"))
+    print(f"\nstep {log[-1]['step']}: validation {scores}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="src.pretrain", description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", default="small", choices=sorted(PROFILES))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting of `model` or `pretraining`")
+    arguments = parser.parse_args()
+    try:
+        result = run(settings_for(arguments.profile, parse_overrides(arguments.set)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if PartialState().is_main_process:
+        print(f"trained to step {result.state.step}, best at {result.best['step']}: run pretrain_t5_small.ipynb to look at it and keep it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
