@@ -20,9 +20,8 @@ from src.artifacts import data_digest, installed_versions, open_artifact, publis
 from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
-from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions
+from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
 from src.finetuning_dataset import check_published_classes
-from src.labels import LABELS
 from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
 from src.sources import describe_source
@@ -171,9 +170,7 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
         entry["runs"] = runs_of([result.test for result in results], [result.job.seed for result in results])
         if generated := [result for result in results if result.generated is not None]:
             entry["generated"] = runs_of([result.generated for result in generated], [result.job.seed for result in generated])
-        without = predictions[model][~predictions[model]["text_id"].isin(overlap)]
-        if overlap and without["label"].nunique() == len(LABELS):
-            rest = evaluate_predictions(without)
+        if overlap and (rest := scores_without(predictions[model], overlap)):
             entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
         models.append(entry)
     pairs = [

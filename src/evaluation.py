@@ -5,7 +5,7 @@ in a table were made differently. The trade-off: intervals come from resampling 
 sure the score of *this* trained model is, and nothing about training it again with another seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -161,6 +161,19 @@ def evaluate_predictions(
         scaled = scale_temperature(probabilities, temperature)
         metrics |= {"temperature": temperature, "ece_scaled": expected_calibration_error(scaled, labels)}
     return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}
+
+
+def scores_without(predictions: pd.DataFrame, text_ids: Collection[str]) -> dict[str, object] | None:
+    """One model's scores on all texts but these, e.g. those it may have read before; None where that leaves a class without a text.
+
+    Returns:
+        `model`, `rows`, `accuracy`, `macro_f1`, `accuracy_ci95`.
+    """
+    rest = predictions[~predictions["text_id"].isin(text_ids)]
+    if rest["label"].nunique() < len(LABELS):
+        return None
+    scores = evaluate_predictions(rest)
+    return {key: scores[key] for key in ("model", "rows", "accuracy", "macro_f1", "accuracy_ci95")}
 
 
 def fold_scores(fold: object, rows: pd.DataFrame) -> dict[str, object]:
