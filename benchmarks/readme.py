@@ -9,11 +9,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from src.evaluation import COSTS
 
 ROOT = Path(__file__).parent.parent
+NOT_JUDGED = "–"
 PAGES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- results ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
@@ -88,14 +90,14 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
 
 
 def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One column a comparison: scores of the models that all of them have, best first, and the paired differences between those."""
+    """One column a comparison: scores of the models, best first, and the paired differences between them; "–" where one was not judged."""
     scores = [{model["name"]: model for model in record["models"]} for record in records.values()]
-    shared = [name for name in scores[0] if all(name in models for models in scores)]
-    shared.sort(key=lambda name: -sum(models[name]["macro_f1"] for models in scores))
+    names = list(dict.fromkeys(name for models in scores for name in models))
+    names.sort(key=lambda name: -mean(models[name]["macro_f1"] for models in scores if name in models))
     paired = [{(pair["first"], pair["second"]): pair for pair in record["comparisons"]} for record in records.values()]
-    pairs = [(first, second) for first in shared for second in shared if all((first, second) in found for found in paired)]
-    rows = [[name, *(f"{number(models[name]['accuracy'])} / {number(models[name]['macro_f1'])}" for models in scores)] for name in shared]
-    differences = [[f"{first} over {second}", *(difference(found[first, second]) for found in paired)] for first, second in pairs]
+    pairs = [(first, second) for first in names for second in names if any((first, second) in found for found in paired)]
+    rows = [[name, *(score(models.get(name)) for models in scores)] for name in names]
+    differences = [[f"{first} over {second}", *(difference(found.get((first, second))) for found in paired)] for first, second in pairs]
     lines = []
     for title, cells in (("accuracy / macro-F1", rows), ("difference of accuracy, 95 %", differences)):
         lines += ["", f"| {title} | {' | '.join(map(words, records))} |", "|---|" + "---:|" * len(records)]
@@ -103,7 +105,13 @@ def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines[1:]
 
 
-def difference(pair: Mapping[str, Any]) -> str:
+def score(model: Mapping[str, Any] | None) -> str:
+    return NOT_JUDGED if model is None else f"{number(model['accuracy'])} / {number(model['macro_f1'])}"
+
+
+def difference(pair: Mapping[str, Any] | None) -> str:
+    if pair is None:
+        return NOT_JUDGED
     low, high = pair["accuracy_difference_ci95"]
     return f"{pair['accuracy_difference']:+.3f}, {low:+.3f} to {high:+.3f}"
 

@@ -63,11 +63,13 @@ def test_comparisons_share_a_table(tmp_path, monkeypatch):
     assert readme.render("<!-- results tweets news -->\n<!-- end -->").splitlines()[1:-1] == [
         "| accuracy / macro-F1 | tweets | news |",
         "|---|---:|---:|",
+        "| lora | 0.625 / 0.900 | – |",
         "| head | 0.625 / 0.750 | 0.625 / 0.500 |",
         "| svm | 0.625 / 0.700 | 0.625 / 0.250 |",
         "",
         "| difference of accuracy, 95 % | tweets | news |",
         "|---|---:|---:|",
+        "| lora over svm | +0.062, -0.010 to +0.125 | – |",
         "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
     ]
 
