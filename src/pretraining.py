@@ -129,7 +129,7 @@ def split_spans(ids: np.ndarray, first_sentinel_id: int, num_sentinels: int) -> 
     """Token ids that follow each sentinel of a target, by sentinel number; a later repetition does not count."""
     at = np.flatnonzero((ids <= first_sentinel_id) & (ids > first_sentinel_id - num_sentinels))
     spans: dict[int, np.ndarray] = {}
-    for begin, end in zip(at, [*at[1:], len(ids)], strict=True):
+    for begin, end in itertools.pairwise([*at, len(ids)]):
         spans.setdefault(first_sentinel_id - int(ids[begin]), ids[begin + 1 : end])
     return spans
 
