@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import checkpoints as checkpoints_module
-from src import verified_folders
 from src.interruption import TrainingInterrupted
 from src.training import TrainingRun
 from tests import tiny_run
@@ -37,7 +35,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def child_run(folder, pause=0.0, fault=None, dropped_randomness=False):
-    """In a child: train quietly, dying at `fault`, a (place, call number) pair of `FAULTS`."""
+    """In a child: train quietly, dying at `fault`, a (place, call number) pair of `tiny_run.FAULTS`."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if dropped_randomness:
             from src import gradients
@@ -46,33 +44,9 @@ def child_run(folder, pause=0.0, fault=None, dropped_randomness=False):
         if pause:
             tiny_run.slow_down(pause)
         if fault:
-            die_at(*fault)
+            tiny_run.die_at(*fault)
         result = tiny_run.run(folder)
         (Path(folder) / "result.json").write_text(json.dumps(tiny_run.digests(result)))
-
-
-FAULTS = {
-    "between two steps": (TrainingRun, "take_step"),
-    "in a step, before the weights change": (TrainingRun, "update_weights"),
-    "while a checkpoint is written": (checkpoints_module, "save_tensors"),
-    "before a checkpoint is put in place": (verified_folders, "publish"),
-    "after the last checkpoint": (checkpoints_module.Checkpoints, "load_best"),
-    "at an evaluation": (checkpoints_module.Checkpoints, "save_best"),
-}
-
-
-def die_at(place, call):
-    """Kill this process at the n-th call of a function, as `kill -9` would."""
-    owner, name = FAULTS[place]
-    original, calls = getattr(owner, name), []
-
-    def dying(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-
-    setattr(owner, name, dying)
 
 
 def run_child(children, folder, kill_after=None, **options):

@@ -139,7 +139,7 @@ def test_best_weights_come_back(tmp_path):
 def test_two_processes_agree_with_one(tmp_path):
     """Data-parallel training must be the same training, killed and resumed: same first weights, batch and losses; one process writes."""
     options = ["max_steps=8", "dropout=0", "halved=true"]
-    assert tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two"), *options, "killed_at=7").returncode != 0
+    assert tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two"), *options, "killed_after=7").returncode != 0
     finished = tiny_run.two_processes("tests.tiny_run", str(tmp_path / "two"), *options)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert finished.stdout.count("resumed at step 5") == 2

@@ -1,7 +1,7 @@
 """A training run small enough to be killed and resumed many times; run as a script it is the victim.
 
 `python -m tests.tiny_run FOLDER [key=value ...]` trains, resuming by itself; each process then writes `process-<number>.json` there: how
-many there were, and how many folders it put in place. With `killed_at=STEP` it dies before the step that follows, and
+many there were, and how many folders it put in place. With `killed_after=STEPS` it dies when those are done, and
 `{rank}` in FOLDER is the number of the process.
 """
 
@@ -125,8 +125,8 @@ def main():
     folder, *pairs = sys.argv[1:]
     folder = folder.format(rank=os.environ.get("RANK", "0"))
     changes = {key: parse(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-    if killed_at := changes.pop("killed_at", None):
-        die_after(killed_at)
+    if killed_after := changes.pop("killed_after", None):
+        die_at("between two steps", killed_after + 1)
     written, publish = [], verified_folders.publish
     verified_folders.publish = lambda *arguments: written.append(arguments) or publish(*arguments)
     run(folder, **changes)
@@ -135,16 +135,28 @@ def main():
     (Path(folder) / f"process-{accelerator.process_index}.json").write_text(json.dumps(about))
 
 
-def die_after(step):
-    """Kill this process, as `kill -9` would, when that step is over and the next begins."""
-    take_step = training.TrainingRun.take_step
+FAULTS = {
+    "between two steps": (training.TrainingRun, "take_step"),
+    "in a step, before the weights change": (training.TrainingRun, "update_weights"),
+    "while a checkpoint is written": (checkpoints, "save_tensors"),
+    "before a checkpoint is put in place": (verified_folders, "publish"),
+    "after the last checkpoint": (Checkpoints, "load_best"),
+    "at an evaluation": (Checkpoints, "save_best"),
+}
 
-    def dying(self, *arguments):
-        if self.state.step == step:
+
+def die_at(place, call):
+    """Kill this process at the n-th call of a function, as `kill -9` would."""
+    owner, name = FAULTS[place]
+    original, calls = getattr(owner, name), []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return take_step(self, *arguments)
+        return original(*arguments, **options)
 
-    training.TrainingRun.take_step = dying
+    setattr(owner, name, dying)
 
 
 def slow_down(seconds):

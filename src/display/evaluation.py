@@ -67,12 +67,17 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
 def without_table(metrics: Sequence[Mapping[str, object]], rest: Sequence[Mapping[str, object] | None]) -> Table:
     """Scores on all texts beside those on the rest of them (`src.evaluation.scores_without`), best macro-F1 first."""
     whole = {result["model"]: result for result in metrics}
-    frame = pd.DataFrame(filter(None, rest), columns=["model", "accuracy", "macro_f1"]).rename(columns={"macro_f1": "macro-F1"})
-    for key, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
-        frame.insert(frame.columns.get_loc(title), f"{title}, all texts", [whole[model][key] for model in frame["model"]])
-    frame = frame.rename(columns={title: f"{title}, the rest" for title in ("accuracy", "macro-F1")})
-    frame = frame.sort_values("macro-F1, all texts", ascending=False)
-    return Table(frame).format("{:.3f}", subset=list(frame.columns[1:])).hide(axis="index")
+    rows = [
+        {
+            "model": result["model"],
+            "accuracy, all texts": whole[result["model"]]["accuracy"],
+            "accuracy, the rest": result["accuracy"],
+            "macro-F1, all texts": whole[result["model"]]["macro_f1"],
+            "macro-F1, the rest": result["macro_f1"],
+        }
+        for result in sorted(filter(None, rest), key=lambda result: -whole[result["model"]]["macro_f1"])
+    ]
+    return Table(pd.DataFrame(rows)).format(precision=3).hide(axis="index")
 
 
 def class_table(metrics: Mapping[str, object]) -> Table:
