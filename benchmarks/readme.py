@@ -79,9 +79,11 @@ def cases_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def models_table(models: list[Mapping[str, Any]]) -> list[str]:
-    """One row a model, best macro-F1 first; texts that stand in the training rows too are left out in columns of their own."""
-    titles = MODEL_COLUMNS | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()} | COSTS
+    """One row a model, best macro-F1 first, with columns for the draws of the folds and for scores without texts of the training rows."""
+    titles = MODEL_COLUMNS | {"by draw": "accuracy by draw"} | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()} | COSTS
     rows = [model | {f"without {key}": value for key, value in model.get("without_overlap", {}).items()} for model in models]
+    for row in (row for row in rows if "draws" in row):
+        row["by draw"] = ", ".join(number(draw["accuracy"]) for draw in row["draws"])
     columns = [key for key in titles if any(key in row for row in rows)]
     lines = ["| model | " + " | ".join(titles[key] for key in columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in sorted(rows, key=lambda row: -row["macro_f1"]):

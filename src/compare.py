@@ -1,15 +1,17 @@
 """The cross-validated comparison of models: `python -m src.pipeline compare --labelled <path> --folds 10`.
 
 Every model sees the same grouped, stratified folds; scores are taken over all folds together, so each text counts once. Several seeds
-are averaged in probability (one model made of several) and each is also listed alone. With `--validation` a published split is
-judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows alone; with `--fractions` the
-label-efficiency curve is drawn as well.
+are averaged in probability (one model made of several) and each is also listed alone. With `--split-seeds` the folds are drawn several
+times: scores are the mean over draws, each is also listed alone, and a text still counts once in an interval. With `--validation` a
+published split is judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows alone; with
+`--fractions` the label-efficiency curve is drawn as well.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,15 @@ REFERENCES = ("tfidf_svm", "random_init")  # what every pre-trained model is com
 
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
-Split = tuple[int, pd.DataFrame, pd.DataFrame]  # fold, rest, test
+
+@dataclass(frozen=True)
+class Split:
+    """What one fold trains on and is judged on."""
+
+    draw: int  # the seed that drew the folds
+    fold: int  # numbered on from draw to draw
+    rest: pd.DataFrame
+    test: pd.DataFrame
 
 
 class ComparisonError(ValueError):
@@ -53,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}")
     parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
     parser.add_argument("--rates", help="multiples of a model's learning rate that its own is chosen from, e.g. 0.3,1,3")
-    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--split-seeds", default="0", help="draws of the folds, e.g. 0,1,2: each text is then judged once in each draw")
     parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     parser.add_argument("--output", type=Path, help="JSON file to write; pictures go beside it")
@@ -67,12 +77,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
     settings = settings_of(arguments)
     splits = list(splits_of(arguments, settings))
-    data = rows_digest(*(part for _, *parts in splits for part in parts))
+    data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
-    runner = Runner(folder, base, tasks, settings.adaptation, arguments.split_seed)
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    runner = Runner(folder, base, tasks, settings.adaptation)
+    seeds, draws = whole_numbers(arguments.seeds), whole_numbers(arguments.split_seeds)
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
     report = report_of(finished, splits)
@@ -80,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         entry |= rates.get(entry["name"], {})
     if arguments.fractions:
         report["fractions"] = label_efficiency(runner, finished, splits, numbers(arguments.fractions))
-    report |= {"rows": sum(len(test) for _, _, test in splits), "folds": len(splits), "seeds": seeds, "seed": arguments.split_seed}
+    report |= {"rows": report["models"][0]["rows"], "folds": len(splits), "seeds": seeds, "seed": draws[0], "split_seeds": draws}
     report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data}
     report |= {"command": published_command("src.pipeline", sys.argv[1:])}
     sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
@@ -98,17 +108,27 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:
-    """The folds, or the published split as the only one, its texts that also stand in the training rows marked `overlap`."""
+    """The folds of each draw, numbered on from draw to draw, or the published split, its texts that also stand in the training rows marked.
+
+    Raises:
+        ComparisonError: several draws are asked of a published split.
+    """
+    rows, draws = labelled_rows(arguments.labelled, settings.labelled), whole_numbers(arguments.split_seeds)
     if not arguments.validation:
-        rows = labelled_rows(arguments.labelled, settings.labelled)
-        for fold, (rest, test) in enumerate(folds_of(rows, arguments.folds, arguments.split_seed)):
-            if arguments.only_folds is None or fold < arguments.only_folds:
-                yield fold, rest, test.assign(overlap=False)
+        for draw in draws:
+            for fold, (rest, test) in enumerate(folds_of(rows, arguments.folds, draw)):
+                if arguments.only_folds is None or fold < arguments.only_folds:
+                    yield Split(draw, draw * arguments.folds + fold, rest, test.assign(overlap=False))
         return
-    train = labelled_rows(arguments.labelled, settings.labelled)
+    if len(draws) > 1:
+        raise ComparisonError("a published split has no folds to draw: give one of --split-seeds, or several --seeds")
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
     check_published_classes(test)
-    yield 0, train, test.assign(overlap=test["key"].isin(set(train["key"])))
+    yield Split(draws[0], draws[0], rows, test.assign(overlap=test["key"].isin(set(rows["key"]))))
+
+
+def whole_numbers(text: str) -> list[int]:
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def numbers(text: str | None) -> list[float]:
@@ -137,13 +157,13 @@ def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequenc
     """All jobs of one model, with `changes` to each `Job`; one line is printed for each fold and seed."""
     done = []
     for seed in seeds if model in CONTESTANTS else seeds[:1]:
-        for fold, rest, test in splits:
-            job = Job(model, fold, seed, **changes)
-            result = runner.run(job, rest, test)
+        for number, split in enumerate(splits, 1):
+            job = Job(model, split.fold, seed, **changes)
+            result = runner.run(job, split.rest, split.test)
             right = float((result.test["prediction"] == result.test["label"]).mean())
             about = "" if job.fraction == 1 else f", {job.fraction:.0%} of the labels"
             about += "" if job.learning_rate is None else f", learning rate {job.learning_rate:g}"
-            print(f"{model}: fold {fold + 1}/{len(splits)}, seed {seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)
+            print(f"{model}: fold {number}/{len(splits)}, seed {seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)
             done.append(result)
     return done
 
@@ -161,15 +181,19 @@ def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split]) -> dict[str, Any]:
     """Scores of every model and the paired comparisons that matter."""
     predictions = {model: pooled([result.test for result in results]) for model, results in finished.items()}
-    overlap = {text_id for _, _, test in splits for text_id in test.loc[test["overlap"], "text_id"]}
+    overlap = {text_id for split in splits for text_id in split.test.loc[split.test["overlap"], "text_id"]}
+    draw_of = {split.fold: split.draw for split in splits}
     models = []
     for model, results in finished.items():
         validation = [result.validation for result in results if result.validation is not None]
         entry = {"name": model, **evaluate_predictions(predictions[model], pooled(validation) if validation else None)}
         entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
-        entry["runs"] = runs_of([result.test for result in results], [result.job.seed for result in results])
-        if generated := [result for result in results if result.generated is not None]:
-            entry["generated"] = runs_of([result.generated for result in generated], [result.job.seed for result in generated])
+        seeds = [result.job.seed for result in results]
+        entry["runs"] = scores_by("seed", zip(seeds, (result.test for result in results), strict=True))
+        if any(result.generated is not None for result in results):
+            entry["generated"] = scores_by("seed", zip(seeds, (result.generated for result in results), strict=True))
+        if len(set(draw_of.values())) > 1:
+            entry["draws"] = scores_by("split_seed", ((draw_of[fold], rows) for fold, rows in predictions[model].groupby("fold")))
         if overlap and (rest := scores_without(predictions[model], overlap)):
             entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
         models.append(entry)
@@ -179,13 +203,16 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
     return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}
 
 
-def runs_of(frames: Sequence[pd.DataFrame], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Scores of each seed alone, all its folds together."""
-    runs = []
-    for seed in sorted(set(seeds)):
-        scores = evaluate_predictions(pd.concat([frame for frame, its in zip(frames, seeds, strict=True) if its == seed]), resamples=1)
-        runs.append({"seed": seed, **{key: scores[key] for key in ("accuracy", "macro_f1", "invalid_rate")}})
-    return runs
+def scores_by(name: str, parts: Iterable[tuple[int, pd.DataFrame]]) -> list[dict[str, Any]]:
+    """Scores of all predictions of one seed together, then of the next: `parts` are pairs of a seed and predictions, `name` is its key."""
+    frames: dict[int, list[pd.DataFrame]] = {}
+    for seed, frame in parts:
+        frames.setdefault(seed, []).append(frame)
+    entries = []
+    for seed, its in sorted(frames.items()):
+        scores = evaluate_predictions(pd.concat(its), resamples=1)
+        entries.append({name: seed, **{key: scores[key] for key in ("accuracy", "macro_f1", "invalid_rate")}})
+    return entries
 
 
 def label_efficiency(

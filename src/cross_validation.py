@@ -132,19 +132,18 @@ class Runner:
     base_folder: Path
     settings: Mapping[str, FinetuningSettings]  # by task
     adaptation: PretrainingSettings
-    split_seed: int
 
     def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
         """The result of a job, from disk where it was done before; that of a baseline is made anew in seconds."""
         if job.model in BASELINES:
-            labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
+            labelled, _ = part_of(rest, job.fraction, job.fold)
             return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
         identity = self.identity(job, rest, test)
         name = hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
         target = self.folder / f"{job.model}-{name}"
         if (finished := read_finished(job, target)) is not None:
             return finished
-        labelled, _ = part_of(rest, job.fraction, self.split_seed + job.fold)
+        labelled, _ = part_of(rest, job.fraction, job.fold)
         checkpoints = self.folder / ".checkpoints" / name
         finished = self.judge(job, labelled, test, checkpoints)
         with atomic_folder(target, identity | {"code": code_digest()}) as folder:
@@ -157,7 +156,7 @@ class Runner:
     def identity(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
         """Everything that shapes the result of a job, but the code."""
         contestant = CONTESTANTS[job.model]
-        identity = {"job": asdict(job), "data": rows_digest(rest, test), "split_seed": self.split_seed, "contestant": asdict(contestant)}
+        identity = {"job": asdict(job), "data": rows_digest(rest, test), "contestant": asdict(contestant)}
         identity |= {"settings": asdict(self.settings_of(job)), "base": self.taken_from_base(with_weights=not contestant.random_init)}
         return identity | ({"adaptation": asdict(self.adaptation)} if contestant.adapted else {})
 
@@ -179,7 +178,7 @@ class Runner:
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
         low, high = VALIDATION_FRACTIONS
         fraction = min(high, max(low, VALIDATION_ROWS / len(labelled)))
-        validation, train = part_of(labelled, fraction, self.split_seed + job.fold)
+        validation, train = part_of(labelled, fraction, job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(

@@ -1,8 +1,8 @@
 """One way to judge every model: one schema of predictions in, one dictionary of metrics out.
 
 Baselines, both fine-tuned models and the cross-validated comparison all hand over the same frame, so no two numbers
-in a table were made differently. The trade-off: intervals come from resampling the test rows (bootstrap), which says how
-sure the score of *this* trained model is, and nothing about training it again with another seed.
+in a table were made differently. The trade-off: intervals come from resampling the test texts (bootstrap), which says how
+sure the score of *these* trained models is, and nothing about training them again with another seed or on other folds.
 """
 
 from collections.abc import Collection, Sequence
@@ -110,13 +110,20 @@ def scores_from_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def confusion_cells(predictions: pd.DataFrame) -> np.ndarray:
-    """Which of the 3 x 4 cells of the confusion matrix each row falls in, one-hot float32 (rows, 12)."""
+    """How often each text, in order of appearance, falls in each of the 3 x 4 cells of the confusion matrix: float32 (texts, 12).
+
+    Once, where each text is judged once; over several draws of the folds once a draw. What is resampled is then the text with all its
+    judgements: they hang together, and counted as so many texts they would narrow the interval for nothing.
+    """
+    texts, names = pd.factorize(predictions["text_id"])
     predicted = predictions["prediction"].to_numpy() % (len(LABELS) + 1)  # NO_LABEL = -1 becomes the last column
-    return np.eye(12, dtype=np.float32)[predictions["label"].to_numpy() * 4 + predicted]
+    cells = np.zeros((len(names), 12), dtype=np.float32)
+    np.add.at(cells, (texts, predictions["label"].to_numpy() * 4 + predicted), 1)
+    return cells
 
 
 def resampled_confusions(cells: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Confusion matrices (resamples, 3, 4) of bootstrap resamples of the rows; equal seeds draw equal rows."""
+    """Confusion matrices (resamples, 3, 4) of bootstrap resamples of the texts; equal seeds draw equal texts."""
     rng = np.random.default_rng(seed)
     counts = [rng.multinomial(len(cells), np.full(len(cells), 1 / len(cells))).astype(np.float32) @ cells for _ in range(resamples)]
     return np.stack(counts).reshape(resamples, 3, 4)
@@ -133,12 +140,12 @@ def evaluate_predictions(
     """Every score of one model's predictions (schema `PREDICTION_COLUMNS`), over all folds together.
 
     Args:
-        predictions: the judged rows of one model.
+        predictions: the judged rows of one model; a text may stand in several folds, one of each draw of them.
         validation: the same model's predictions on validation rows; the temperature is fitted there and nowhere else.
         resamples: bootstrap resamples behind the 95 % intervals.
 
     Returns:
-        JSON-ready: `rows`, `accuracy`, `macro_f1`, `mcc`, each with `<score>_ci95`; `per_class`; `confusion` (3 x 4, last
+        JSON-ready: `rows` (texts), `accuracy`, `macro_f1`, `mcc`, each with `<score>_ci95`; `per_class`; `confusion` (3 x 4, last
         column: no label); `invalid_rate`; `ece`; with `validation` also `temperature` and `ece_scaled`; `folds`.
     """
     check_predictions(predictions)
@@ -150,7 +157,7 @@ def evaluate_predictions(
         for i, label in enumerate(LABELS)
     }
     probabilities, labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
-    metrics = {"model": str(predictions["model"].iloc[0]), "rows": len(predictions)}
+    metrics = {"model": str(predictions["model"].iloc[0]), "rows": len(cells)}
     metrics |= {name: float(scores[name]) for name in SCORES} | {f"{name}_ci95": interval(samples[name]) for name in SCORES}
     metrics |= {"per_class": per_class, "confusion": confusion.astype(int).tolist()}
     metrics |= {"invalid_rate": float((predictions["prediction"] == NO_LABEL).mean())}
@@ -185,8 +192,9 @@ def fold_scores(fold: object, rows: pd.DataFrame) -> dict[str, object]:
 def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int = 2_000, seed: int = 0) -> dict[str, object]:
     """Is the first model better than the second on the same rows?
 
-    The paired bootstrap resamples rows and scores both models on each resample; McNemar's exact test asks whether the rows
-    that only one of them gets right are split evenly (Dietterich 1998).
+    The paired bootstrap resamples texts and scores both models on each resample; McNemar's exact test asks whether the texts
+    that only one of them gets right are split evenly (Dietterich 1998). Over several draws of the folds it is the sign test of
+    the texts that one of them gets right more often.
 
     Returns:
         `accuracy_difference`, `macro_f1_difference` (first minus second) with `_ci95`, `bootstrap_p` (two-sided, of macro-F1),
@@ -209,8 +217,8 @@ def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int 
         result |= {f"{name}_difference": float(point[0][name] - point[1][name]), f"{name}_difference_ci95": interval(differences)}
     # No p of zero: a resample is never further out than every one that was not drawn (Davison and Hinkley 1997, eq. 4.11).
     tail = (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + resamples)
-    right = [(frame["prediction"] == frame["label"]).to_numpy() for frame in (first, second)]
-    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    right = [cell.reshape(-1, 3, 4).diagonal(axis1=1, axis2=2).sum(1) for cell in cells]  # (texts,): in how many draws
+    only_first, only_second = int((right[0] > right[1]).sum()), int((right[1] > right[0]).sum())
     disagreements = only_first + only_second
     mcnemar = float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
     result |= {"bootstrap_p": float(min(1.0, 2 * tail)), "mcnemar_p": mcnemar}

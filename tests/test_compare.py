@@ -89,7 +89,26 @@ def test_a_finished_job_is_not_run_again(run, monkeypatch):
     with pytest.raises(AssertionError, match="trained again"):
         run("--set", "classification.full_learning_rate=0.005")
     with pytest.raises(AssertionError, match="trained again"):
-        run("--split-seed", "1")
+        run("--split-seeds", "1")
+
+
+def test_folds_are_drawn_several_times(run, monkeypatch):
+    """One draw is luck: over several, each text must be judged once in each, and a draw run alone must be the same draw."""
+    report = run("--split-seeds", "0,2", "--models", "tfidf_svm,pretrained_head")
+    assert (report["folds"], report["split_seeds"]) == (4, [0, 2])
+    for entry in report["models"]:
+        assert [fold["fold"] for fold in entry["folds"]] == [0, 1, 4, 5]
+        assert np.sum(entry["confusion"]) == sum(fold["rows"] for fold in entry["folds"]) == 2 * entry["rows"] == 2 * report["rows"]
+        assert entry["accuracy"] == pytest.approx(np.mean([draw["accuracy"] for draw in entry["draws"]]))
+    monkeypatch.setattr(cross_validation, "finetune", refuse)
+    alone = {draw: run("--split-seeds", draw, "--models", "tfidf_svm,pretrained_head") for draw in ("0", "2")}
+    for index, entry in enumerate(report["models"]):
+        ones = [one["models"][index] for one in alone.values()]
+        assert [draw["accuracy"] for draw in entry["draws"]] == [one["accuracy"] for one in ones]
+        assert all("draws" not in one and one["rows"] == report["rows"] for one in ones)
+    assert alone["0"]["models"][0]["folds"] != alone["2"]["models"][0]["folds"]
+    with pytest.raises(compare.ComparisonError, match="no folds to draw"):
+        run("--split-seeds", "0,1", "--validation", "sample")
 
 
 def test_a_job_is_named_by_what_it_takes_from_the_base(run, base, tmp_path, monkeypatch):
@@ -203,7 +222,7 @@ def test_label_efficiency_curve(run, tmp_path):
 def test_few_labels_are_read_more_often():
     """Five passes over two per cent of the labels end within the warm-up: the curve would compare untrained models."""
     settings = settings_for("mini")
-    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation, 0)
+    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation)
     jobs = [cross_validation.Job("pretrained_head", 0, 0, fraction=fraction) for fraction in (1.0, 0.5, 0.02)]
     assert [runner.settings_of(job).max_epochs for job in jobs] == [5, 10, 50]
 

@@ -81,6 +81,28 @@ def test_paired_comparison_sees_what_single_intervals_hide():
     assert (same["macro_f1_difference"], same["mcnemar_p"], same["bootstrap_p"]) == (0, 1, 1)
 
 
+def test_a_text_judged_in_several_draws_is_one_text():
+    """Three times the same judgements are no three times the evidence: intervals a third narrower would call chance a result."""
+    first, second = (judged(np.random.default_rng(7), skill=skill, model=f"skill {skill}") for skill in (2.0, 1.8))
+    draws = [pd.concat([frame.assign(fold=draw) for draw in range(3)]) for frame in (first, second)]
+    once, thrice = evaluate_predictions(first), evaluate_predictions(draws[0])
+    for key in ("rows", "accuracy", "accuracy_ci95", "macro_f1_ci95", "mcc_ci95"):
+        assert thrice[key] == pytest.approx(once[key]), key
+    assert thrice["confusion"] == (3 * np.array(once["confusion"])).tolist()
+    paired, expected = compare_models(*draws), compare_models(first, second)
+    assert paired["only_first_right"] > 0
+    for key in ("accuracy_difference_ci95", "macro_f1_difference_ci95", "bootstrap_p", "mcnemar_p", "only_first_right"):
+        assert paired[key] == pytest.approx(expected[key]), key
+    # Right in two draws of three beats right in one: neither of them alone has it right always.
+    text = pd.DataFrame({"text_id": list("abc"), "label": [0, 1, 2]})
+    sides = [
+        pd.concat([predictions_frame(text, np.eye(3)[[0 if draw < hits else 1, 1, 2]], name, fold=draw) for draw in range(3)])
+        for name, hits in (("first", 2), ("second", 1))
+    ]
+    assert compare_models(*sides, resamples=5)["only_first_right"] == 1
+    assert evaluate_predictions(sides[0], resamples=5)["accuracy"] == pytest.approx(8 / 9)
+
+
 def test_temperature_repairs_overconfidence_and_keeps_the_order():
     """Temperature scaling fitted wrongly would change labels or leave confidence as wrong as it was."""
     assert evaluation.scale_temperature(np.array([[0.64, 0.32, 0.04]]), 2).tolist()[0] == pytest.approx(
