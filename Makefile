@@ -28,13 +28,19 @@ run: $(READY)
 test: $(READY) lint
 	@$(BIN)/python -m pytest $(TESTS)
 
+NOTEBOOKS := --line-length 116 *.ipynb
+
 lint: $(READY)
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff check $(NOTEBOOKS)
 	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format --check $(NOTEBOOKS)
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff check --fix $(NOTEBOOKS)
 	@$(BIN)/ruff format .
+	@$(BIN)/ruff format $(NOTEBOOKS)
 
 notebooks: $(READY)
 	@$(BIN)/python -m src.pipeline run --profile sample --force --in-place

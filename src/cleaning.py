@@ -158,6 +158,10 @@ class RuleCounts:
         self.texts[name] += 1
         self.characters[name] += len(before) - len(after)
 
+    def report(self) -> dict[str, dict[str, int]]:
+        """`{rule: {"texts": …, "characters": …}}` of the rules that changed any text."""
+        return {name: {"texts": count, "characters": self.characters[name]} for name, count in self.texts.items()}
+
 
 def rules_of(preset: str, kind: str) -> list[Rule]:
     """The rules of a preset for `kind` "article" or "sentence", in order."""
@@ -206,11 +210,11 @@ def steps(text: str, preset: str = "default", kind: str = "article") -> list[tup
     return changes
 
 
-def example_of_each_rule(texts: Iterable[str], preset: str = "default", kind: str = "article") -> dict[str, tuple[str, str]]:
-    """The shortest text, before and after, that each rule changes; rules that change none are absent."""
+def example_of_each_rule(texts: Iterable[str], preset: str = "default", kind: str = "article") -> list[tuple[str, str, str]]:
+    """`(rule, before, after)` of the shortest text that each rule changes; rules that change none are absent."""
     examples: dict[str, tuple[str, str]] = {}
     for text in texts:
         for rule, before, after in steps(text, preset, kind):
             if rule.name not in examples or len(before) < len(examples[rule.name][0]):
                 examples[rule.name] = (before, after)
-    return {name: examples[name] for name in PRESETS[preset][kind] if name in examples}
+    return [(name, *examples[name]) for name in PRESETS[preset][kind] if name in examples]

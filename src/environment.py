@@ -85,7 +85,8 @@ def device_name() -> str:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread" + "s" * (threads != 1)
 
 
 def machine() -> str:

@@ -224,7 +224,7 @@ def report_of(texts: LabelledTexts, settings: LabelledSettings) -> dict[str, Any
     by_split: Mapping[str, pd.DataFrame] = {split: texts.of_split(split) for split in SPLITS}
     return {
         "counts": texts.counts,
-        "rules": {name: {"texts": count, "characters": texts.rules.characters[name]} for name, count in texts.rules.texts.items()},
+        "rules": texts.rules.report(),
         "classes": {
             split: {name: int((rows["label"] == index).sum()) for index, name in enumerate(LABELS)} for split, rows in by_split.items()
         },

@@ -204,9 +204,7 @@ def report_of(documents: Documents, folder: Path, unknown: int) -> dict[str, Any
     tokens = int(sum(length.sum() for length in lengths.values()))
     return {
         "counts": documents.counts,
-        "rules": {
-            name: {"texts": documents.rules.texts[name], "characters": documents.rules.characters[name]} for name in documents.rules.texts
-        },
+        "rules": documents.rules.report(),
         "words": int(words.sum()),
         "tokens": {split: int(length.sum()) for split, length in lengths.items()},
         "tokens_per_word": tokens / int(words.sum()),

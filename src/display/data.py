@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from transformers import PreTrainedTokenizerBase
 
+from src.artifacts import Artifact
 from src.cleaning import RULES
 from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
 from src.labels import LABELS
@@ -38,6 +39,13 @@ def table(frame: pd.DataFrame, caption: str | None = None, texts: Sequence[str] 
     if texts:
         style = style.set_properties(subset=list(texts), **TEXT_STYLE)
     return style.set_caption(html.escape(caption)) if caption else style
+
+
+def artifacts_table(artifacts: Sequence[Artifact], caption: str | None = None) -> Table:
+    """What a notebook leaves on disk: folder, size and the digest that names its content."""
+    sizes = [sum(file["bytes"] for file in artifact.manifest["files"].values()) / 1e6 for artifact in artifacts]
+    columns = {"artifact": [artifact.name for artifact in artifacts], "folder": [str(artifact.path) for artifact in artifacts]}
+    return table(pd.DataFrame(columns | {"MB": sizes, "digest": [artifact.digest[:12] for artifact in artifacts]}), caption)
 
 
 def with_bars(style: Table, column: str) -> Table:
@@ -123,7 +131,8 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str = "tokens",
     if mark:
         axes.axvline(mark, color=ACCENT, linestyle="--", linewidth=1, label=f"{mark:,} {unit}")
     axes.set(xscale="log", xlabel=unit, ylabel="% of texts", title=title)
-    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=FuncFormatter(thousands), minor_formatter="")
+    ticks = (1, 2, 5) if last > 10 * first else (1, 1.5, 2, 3, 4, 5, 7)
+    axes.xaxis.set(major_locator=LogLocator(subs=ticks), major_formatter=FuncFormatter(thousands), minor_formatter="")
     plain_axes(axes).legend(frameon=False, fontsize=9)
     return finished(figure)
 

@@ -48,20 +48,19 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
 
     Args:
         metrics: results of `evaluate_predictions`; those of fine-tuned models hold `costs`, by the keys of `COSTS`.
-        with_costs: show them too.
+        with_costs: show them, in place of MCC and calibration: a page holds no wider table.
     """
     rows = []
     for result in sorted(metrics, key=lambda result: -result["macro_f1"]):
         row = {"model": result["model"], "accuracy": score_cell(result, "accuracy"), "macro-F1": score_cell(result, "macro_f1")}
-        row |= {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
-        row |= {"not a label": result["invalid_rate"]}
         cost = result.get("costs", {})
-        rows.append(row | ({title: cost.get(key) for key, title in COSTS.items()} if with_costs else {}))
-    formats = {"MCC": "{:.3f}", "ECE": "{:.3f}", "ECE, scaled": "{:.3f}", "not a label": "{:.1%}"}
-    formats |= {COSTS[key]: "{:.3f}" if key in ("parameters", "trainable") else "{:.1f}" for key in COSTS} if with_costs else {}
+        calibration = {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
+        costs = {title: cost.get(key) for key, title in COSTS.items()}
+        rows.append(row | {"not a label": result["invalid_rate"]} | (costs if with_costs else calibration))
+    formats = {"not a label": "{:.1%}"} | dict.fromkeys((COSTS["seconds"], COSTS["mebibytes"]), "{:.1f}")
+    formats = {title: formats.get(title, "{:.3f}") for title in list(rows[0])[3:]}
     table = Table(pd.DataFrame(rows).astype(dict.fromkeys(formats, float))).hide(axis="index").format(formats, na_rep="–")
-    table.set_properties(subset=["accuracy", "macro-F1"], **{"white-space": "nowrap"})
-    return table.highlight_max(subset=["MCC"], props="font-weight: bold")
+    return table.set_properties(subset=["accuracy", "macro-F1"], **{"white-space": "nowrap"})
 
 
 def without_table(metrics: Sequence[Mapping[str, object]], rest: Sequence[Mapping[str, object] | None]) -> Table:
