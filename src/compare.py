@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
     parser.add_argument("--rates", help="multiples of a model's learning rate that its own is chosen from, e.g. 0.3,1,3")
     parser.add_argument("--split-seeds", default="0", help="draws of the folds, e.g. 0,1,2: each text is then judged once in each draw")
+    parser.add_argument("--processes", type=int, default=1, help="models trained side by side, each on its share of the cores")
     parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     parser.add_argument("--output", type=Path, help="JSON file to write; pictures go beside it")
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
-    runner = Runner(folder, base, tasks, settings.adaptation)
+    runner = Runner(folder, base, tasks, settings.adaptation, arguments.processes)
     seeds, draws = whole_numbers(arguments.seeds), whole_numbers(arguments.split_seeds)
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
@@ -155,8 +156,9 @@ def choose_rates(
 
 def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], **changes: Any) -> list[Finished]:
     """All jobs of one model, with `changes` to each `Job`; one line is printed for each fold and seed."""
-    done = []
-    for seed in seeds if model in CONTESTANTS else seeds[:1]:
+    done, seeds = [], seeds if model in CONTESTANTS else seeds[:1]
+    runner.run_ahead([(Job(model, split.fold, seed, **changes), split.rest, split.test) for seed in seeds for split in splits])
+    for seed in seeds:
         for number, split in enumerate(splits, 1):
             job = Job(model, split.fold, seed, **changes)
             result = runner.run(job, split.rest, split.test)

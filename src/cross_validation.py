@@ -7,14 +7,19 @@ its own jobs. The price is disk: a few hundred kilobytes of predictions a job, a
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from src import baselines
 from src.adaptation import adapted_checkpoint
@@ -23,6 +28,7 @@ from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.finetuning_dataset import drop_conflicts_and_repeats, loose_key, read_cleaned, text_ids
+from src.progress import progress_bar
 from src.qlora import base_digest
 from src.splits import grouped_stratified_folds, grouped_stratified_split
 from src.tokenizer import MODEL_FILE
@@ -132,21 +138,44 @@ class Runner:
     base_folder: Path
     settings: Mapping[str, FinetuningSettings]  # by task
     adaptation: PretrainingSettings
+    processes: int = 1  # that `run_ahead` may start
+
+    def run_ahead(self, jobs: Sequence[tuple[Job, pd.DataFrame, pd.DataFrame]]) -> None:
+        """Do those of the jobs `(job, rest, test)` of one model that are not on disk side by side, each on its share of the cores.
+
+        A single job gains less from a second core than a second job does. Adapted models stay one at a time: those that read
+        the same texts share a base, which the first of them makes.
+        """
+        contestant = CONTESTANTS.get(jobs[0][0].model)
+        if self.processes == 1 or contestant is None or contestant.adapted:
+            return
+        missing = [one for one in jobs if read_finished(one[0], self.target(*one)) is None]
+        processes = min(self.processes, len(missing))
+        if processes < 2:
+            return
+        threads = max(1, torch.get_num_threads() // processes)
+        spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+        with ProcessPoolExecutor(processes, spawn, initializer=start_worker, initargs=(threads,)) as pool:
+            done = pool.map(self.run, *zip(*missing, strict=True))
+            for _ in progress_bar(done, total=len(missing), desc=f"{jobs[0][0].model}, {processes} at a time", unit="job"):
+                pass
+
+    def target(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Path:
+        """The folder of a job's result."""
+        return self.folder / f"{job.model}-{hashlib.sha256(canonical_json(self.identity(job, rest, test))).hexdigest()[:16]}"
 
     def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
         """The result of a job, from disk where it was done before; that of a baseline is made anew in seconds."""
         if job.model in BASELINES:
             labelled, _ = part_of(rest, job.fraction, job.fold)
             return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
-        identity = self.identity(job, rest, test)
-        name = hashlib.sha256(canonical_json(identity)).hexdigest()[:16]
-        target = self.folder / f"{job.model}-{name}"
+        target = self.target(job, rest, test)
         if (finished := read_finished(job, target)) is not None:
             return finished
         labelled, _ = part_of(rest, job.fraction, job.fold)
-        checkpoints = self.folder / ".checkpoints" / name
+        checkpoints = self.folder / ".checkpoints" / target.name
         finished = self.judge(job, labelled, test, checkpoints)
-        with atomic_folder(target, identity | {"code": code_digest()}) as folder:
+        with atomic_folder(target, self.identity(job, rest, test) | {"code": code_digest()}) as folder:
             for name, frame in finished.frames().items():
                 frame.to_parquet(folder / f"{name}.parquet")
             (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))
@@ -199,6 +228,12 @@ class Runner:
         shaped_by = {"base": self.taken_from_base(), "settings": asdict(self.adaptation), "texts": texts}
         name = f"adapted-{hashlib.sha256(canonical_json(shaped_by)).hexdigest()[:16]}"
         return adapted_checkpoint(self.base_folder, *texts, self.adaptation, self.folder / name, self.folder / ".checkpoints" / name)
+
+
+def start_worker(threads: int) -> None:
+    """A process of `Runner.run_ahead`: its share of the cores, and no bars that would overwrite those of the others."""
+    torch.set_num_threads(threads)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
 
 
 def read_finished(job: Job, folder: Path) -> Finished | None:

@@ -127,6 +127,19 @@ def test_a_job_is_named_by_what_it_takes_from_the_base(run, base, tmp_path, monk
         run("--models", "random_init", "--base", str(other))
 
 
+def test_jobs_side_by_side_are_the_same_jobs(run, tmp_path, monkeypatch, capfd):
+    """A job that another process named or trained otherwise would be done again, or be another model."""
+    options = ("--models", "tfidf_svm,pretrained_head", "--seeds", "0,1")
+    with monkeypatch.context() as patched:
+        patched.setattr(cross_validation, "finetune", refuse)  # in this process only: all is done by the others
+        found = run(*options, "--processes", "2")["models"]
+    assert "tokens/s" not in capfd.readouterr().out
+    monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path / "one process"))
+    expected = run(*options)["models"]
+    for key in ("rows", "accuracy", "macro_f1", "ece"):
+        assert [model[key] for model in found] == pytest.approx([model[key] for model in expected], abs=1e-3), key
+
+
 def test_an_interrupted_comparison_goes_on_at_its_fold(run, monkeypatch):
     """Of two folds the first is done when the second is cut off: only the second may be run again."""
     finetune, done = cross_validation.finetune, []
