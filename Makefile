@@ -26,7 +26,7 @@ run: $(READY)
 	@$(BIN)/python -m src.pipeline run $(ARGUMENTS)
 
 test: $(READY) lint
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 NOTEBOOKS := --line-length 116 *.ipynb
 
