@@ -12,9 +12,10 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,8 @@ class Runner:
         threads = max(1, torch.get_num_threads() // processes)
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
         with ProcessPoolExecutor(processes, spawn, initializer=start_worker, initargs=(threads,)) as pool:
-            done = pool.map(self.run, *zip(*missing, strict=True))
-            for _ in progress_bar(done, total=len(missing), desc=f"{jobs[0][0].model}, {processes} at a time", unit="job"):
+            results = as_they_come(pool, processes, self.run, missing)
+            for _ in progress_bar(results, total=len(missing), desc=f"{jobs[0][0].model}, {processes} at a time", unit="job"):
                 pass
 
     def target(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Path:
@@ -228,6 +229,14 @@ class Runner:
         shaped_by = {"base": self.taken_from_base(), "settings": asdict(self.adaptation), "texts": texts}
         name = f"adapted-{hashlib.sha256(canonical_json(shaped_by)).hexdigest()[:16]}"
         return adapted_checkpoint(self.base_folder, *texts, self.adaptation, self.folder / name, self.folder / ".checkpoints" / name)
+
+
+def as_they_come(pool: Executor, processes: int, function: Callable[..., Finished], calls: Iterable[tuple[Any, ...]]) -> Iterator[Finished]:
+    """Results of `function(*call)`. No more calls are handed over than run, so that after an interrupt none is still to be begun."""
+    waiting, running = iter(calls), set()
+    while running := running | {pool.submit(function, *call) for call in islice(waiting, processes - len(running))}:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
 
 
 def start_worker(threads: int) -> None:

@@ -20,6 +20,7 @@ from src.source_locations import FileSource
 from src.stages import STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
+INTERRUPTED = 130  # the exit status that shells give a process ended by Ctrl-C
 # Options of `run` (and variables of `make run`) that stand for one setting.
 OPTIONS = {
     "corpus": ("corpus.path", "articles: sample, hub, a Hub id, or a local file or folder"),
@@ -239,6 +240,9 @@ def main() -> int:
     except (StageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is finished is kept; run again to go on", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
