@@ -49,7 +49,8 @@ def artifacts_table(artifacts: Sequence[Artifact], caption: str | None = None) -
 
 
 def with_bars(style: Table, column: str) -> Table:
-    return style.bar(subset=[column], color="#f3c9b0", vmin=0, align="left")
+    """Bars behind a column of percentages."""
+    return style.bar(subset=[column], color="#f3c9b0", vmin=0, vmax=100, align="left")
 
 
 def counts_table(counts: Mapping[str, int], caption: str | None = None, unit: str = "documents") -> Table:
