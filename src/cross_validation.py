@@ -35,7 +35,10 @@ from src.splits import grouped_stratified_folds, grouped_stratified_split
 from src.tokenizer import MODEL_FILE
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, verify_folder
 
-VALIDATION_ROWS, VALIDATION_FRACTIONS = 60, (0.1, 0.3)  # of a fold's labels: chooses the weights and the temperature
+# Of a fold's labels, those that are held out. A temperature needs few, and TF-IDF, which needs none, trains on all; but so few choose no
+# weights, so those of the last step are judged. A learning rate is chosen on more.
+VALIDATION_ROWS, MOST_VALIDATION, RATE_VALIDATION = 60, 0.3, 0.1
+ONLY_AT_THE_END = 10**9  # steps from one evaluation to the next
 MOST_EPOCHS = 50  # that a share of the labels is read: fewer labels more often, or training would end before its warm-up does
 
 
@@ -198,7 +201,7 @@ class Runner:
 
     def settings_of(self, job: Job) -> FinetuningSettings:
         contestant = CONTESTANTS[job.model]
-        settings = replace(self.settings[contestant.task], seed=job.seed)
+        settings = replace(self.settings[contestant.task], seed=job.seed, evaluate_every=ONLY_AT_THE_END)
         settings = settings.for_random_start() if contestant.random_init else settings.with_method(contestant.method)
         if job.fraction < 1 and settings.max_epochs:
             epochs = min(settings.max_epochs / job.fraction, max(settings.max_epochs, MOST_EPOCHS))
@@ -206,9 +209,8 @@ class Runner:
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
-        low, high = VALIDATION_FRACTIONS
-        fraction = min(high, max(low, VALIDATION_ROWS / len(labelled)))
-        validation, train = part_of(labelled, fraction, job.fold)
+        fraction = max(VALIDATION_ROWS / len(labelled), RATE_VALIDATION if job.judged == "validation" else 0.0)
+        validation, train = part_of(labelled, min(MOST_VALIDATION, fraction), job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(

@@ -41,7 +41,7 @@ def run(base, tmp_path, monkeypatch):
     def run_command(*options):
         parser = argparse.ArgumentParser()
         compare.add_arguments(parser)
-        small = ("labelled.max_documents=240", "classification.max_steps=2", "classification.evaluate_every=1")
+        small = ("labelled.max_documents=240", "classification.max_steps=2")
         sets = [part for setting in small for part in ("--set", setting)]
         common = ["--labelled", "sample", "--profile", "sample", "--base", str(base), "--folds", "2", "--models", MODELS, *sets]
         return compare.run(parser.parse_args([*common, *options]))
@@ -259,6 +259,26 @@ def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):
     assert entry["learning_rate"] == 2e-2
     assert [rate for rate, _ in judging] == [2e-2, 2e-2]
     assert not any(splits["test"] & splits["validation"] for _, splits in judging)
+
+
+def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
+    """Each label held out is one that TF-IDF learns from and the model does not; a few choose no rate, and no weights either."""
+    settings, seen = settings_for("mini"), {}
+    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
+    rows = rows.assign(group=range(len(rows)))  # the sample's groups are larger than sixty texts
+
+    def watched(task, folder, splits, settings, *arguments, **options):
+        seen["train"], seen["held out"], seen["settings"] = len(splits["train"]), len(splits["validation"]), settings
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cross_validation, "finetune", watched)
+    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation)
+    for judged, expected in (("test", 60), ("validation", len(rows) / 10)):
+        with pytest.raises(KeyboardInterrupt):
+            runner.judge(cross_validation.Job("pretrained_head", 0, 0, judged=judged), rows, rows, Path())
+        assert seen["held out"] == pytest.approx(expected, rel=0.1)
+        assert seen["train"] + seen["held out"] == len(rows)
+        assert seen["settings"].evaluate_every > 10**6
 
 
 def test_the_control_learns_its_embeddings_at_the_full_rate(run, monkeypatch):
