@@ -1,7 +1,7 @@
 """The cross-validated comparison of models: `python -m src.pipeline compare --labelled <path> --folds 10`.
 
 Every model sees the same grouped, stratified folds; scores are taken over all folds together, so each text counts once. Of a fold's
-labels, sixty are held out to fit a fine-tuned model's temperature; the weights judged are those of its last step. Several seeds
+labels, sixty or 2 % are held out to fit a fine-tuned model's temperature; the weights judged are those of its last step. Several seeds
 are averaged in probability (one model made of several) and each is also listed alone. With `--split-seeds` the folds are drawn several
 times: scores are the mean over draws, each is also listed alone, and a text still counts once in an interval. With `--validation` a
 published split is judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows alone; with

@@ -36,8 +36,9 @@ from src.tokenizer import MODEL_FILE
 from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, verify_folder
 
 # Of a fold's labels, those that are held out. A temperature needs few, and TF-IDF, which needs none, trains on all; but so few choose no
-# weights, so those of the last step are judged. A learning rate is chosen on more.
-VALIDATION_ROWS, MOST_VALIDATION, RATE_VALIDATION = 60, 0.3, 0.1
+# weights, so those of the last step are judged. A learning rate is chosen on more. All folds together fit one temperature, so a single
+# large split has to hold out more than one fold of ten does.
+VALIDATION_ROWS, VALIDATION, MOST_VALIDATION, RATE_VALIDATION = 60, 0.02, 0.3, 0.1
 ONLY_AT_THE_END = 10**9  # steps from one evaluation to the next
 MOST_EPOCHS = 50  # that a share of the labels is read: fewer labels more often, or training would end before its warm-up does
 
@@ -209,7 +210,7 @@ class Runner:
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
-        fraction = max(VALIDATION_ROWS / len(labelled), RATE_VALIDATION if job.judged == "validation" else 0.0)
+        fraction = max(VALIDATION_ROWS / len(labelled), RATE_VALIDATION if job.judged == "validation" else VALIDATION)
         validation, train = part_of(labelled, min(MOST_VALIDATION, fraction), job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}

@@ -265,7 +265,7 @@ def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
     """Each label held out is one that TF-IDF learns from and the model does not; a few choose no rate, and no weights either."""
     settings, seen = settings_for("mini"), {}
     rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
-    rows = rows.assign(group=range(len(rows)))  # the sample's groups are larger than sixty texts
+    few, many = rows[:2_000], pd.concat([rows, rows])
 
     def watched(task, folder, splits, settings, *arguments, **options):
         seen["train"], seen["held out"], seen["settings"] = len(splits["train"]), len(splits["validation"]), settings
@@ -273,11 +273,12 @@ def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
 
     monkeypatch.setattr(cross_validation, "finetune", watched)
     runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation)
-    for judged, expected in (("test", 60), ("validation", len(rows) / 10)):
+    for judged, labelled, expected in (("test", few, 60), ("test", many, 0.02 * len(many)), ("validation", few, 200)):
+        labelled = labelled.assign(group=range(len(labelled)))  # the sample's groups are larger than sixty texts
         with pytest.raises(KeyboardInterrupt):
-            runner.judge(cross_validation.Job("pretrained_head", 0, 0, judged=judged), rows, rows, Path())
+            runner.judge(cross_validation.Job("pretrained_head", 0, 0, judged=judged), labelled, labelled, Path())
         assert seen["held out"] == pytest.approx(expected, rel=0.1)
-        assert seen["train"] + seen["held out"] == len(rows)
+        assert seen["train"] + seen["held out"] == len(labelled)
         assert seen["settings"].evaluate_every > 10**6
 
 
