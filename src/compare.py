@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
     runner = Runner(folder, base, tasks, settings.adaptation, arguments.processes)
-    seeds, draws = whole_numbers(arguments.seeds), whole_numbers(arguments.split_seeds)
+    seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
     report = report_of(finished, splits)

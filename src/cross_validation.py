@@ -154,7 +154,7 @@ class Runner:
         contestant = CONTESTANTS.get(jobs[0][0].model)
         if self.processes == 1 or contestant is None or contestant.adapted:
             return
-        missing = [one for one in jobs if read_finished(one[0], self.target(*one)) is None]
+        missing = [one for one in jobs if read_finished(one[0], self.target(one[0], self.identity(*one))) is None]
         processes = min(self.processes, len(missing))
         if processes < 2:
             return
@@ -165,22 +165,23 @@ class Runner:
             for _ in progress_bar(results, total=len(missing), desc=f"{jobs[0][0].model}, {processes} at a time", unit="job"):
                 pass
 
-    def target(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Path:
+    def target(self, job: Job, identity: Mapping[str, Any]) -> Path:
         """The folder of a job's result."""
-        return self.folder / f"{job.model}-{hashlib.sha256(canonical_json(self.identity(job, rest, test))).hexdigest()[:16]}"
+        return self.folder / f"{job.model}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
     def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
         """The result of a job, from disk where it was done before; that of a baseline is made anew in seconds."""
         if job.model in BASELINES:
             labelled, _ = part_of(rest, job.fraction, job.fold)
             return Finished(job, BASELINES[job.model](labelled, test, job.fold), None, None, {})
-        target = self.target(job, rest, test)
+        identity = self.identity(job, rest, test)
+        target = self.target(job, identity)
         if (finished := read_finished(job, target)) is not None:
             return finished
         labelled, _ = part_of(rest, job.fraction, job.fold)
         checkpoints = self.folder / ".checkpoints" / target.name
         finished = self.judge(job, labelled, test, checkpoints)
-        with atomic_folder(target, self.identity(job, rest, test) | {"code": code_digest()}) as folder:
+        with atomic_folder(target, identity | {"code": code_digest()}) as folder:
             for name, frame in finished.frames().items():
                 frame.to_parquet(folder / f"{name}.parquet")
             (folder / "costs.json").write_text(json.dumps(dict(finished.costs)))

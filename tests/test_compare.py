@@ -53,28 +53,6 @@ def refuse(*_, **__):
     raise AssertionError("trained again")
 
 
-def test_every_text_is_judged_once_and_no_group_is_on_both_sides():
-    """A near duplicate in train and test makes every score a little too good."""
-    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
-    judged = []
-    for rest, test in cross_validation.folds_of(rows, 5, seed=0):
-        assert not set(rest["group"]) & set(test["group"])
-        assert len(rest) + len(test) == len(rows)
-        judged += test["text_id"].tolist()
-    assert sorted(judged) == sorted(rows["text_id"])
-    assert len(set(judged)) == len(judged)
-
-
-def test_a_share_of_the_labels_keeps_groups_and_classes():
-    """A label-efficiency curve from unbalanced or leaking shares compares something else."""
-    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
-    part, rest = cross_validation.part_of(rows, 0.1, seed=0)
-    assert len(part) == pytest.approx(0.1 * len(rows), rel=0.1)
-    assert not set(part["group"]) & set(rest["group"])
-    shares = [frame["label"].value_counts(normalize=True).sort_index().to_numpy() for frame in (part, rows)]
-    assert np.allclose(*shares, atol=0.03)
-
-
 def test_a_finished_job_is_not_run_again(run, monkeypatch):
     """Hours of folds would be lost with every interruption, or an old result taken for a new setting."""
     first = run()
@@ -232,14 +210,6 @@ def test_label_efficiency_curve(run, tmp_path):
     assert (tmp_path / "curve_label_efficiency.png").exists()
 
 
-def test_few_labels_are_read_more_often():
-    """Five passes over two per cent of the labels end within the warm-up: the curve would compare untrained models."""
-    settings = settings_for("mini")
-    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation)
-    jobs = [cross_validation.Job("pretrained_head", 0, 0, fraction=fraction) for fraction in (1.0, 0.5, 0.02)]
-    assert [runner.settings_of(job).max_epochs for job in jobs] == [5, 10, 50]
-
-
 def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):
     """A rate chosen by its score on the test rows makes that score a promise nobody can keep."""
     finetune, calls = cross_validation.finetune, []
@@ -259,27 +229,6 @@ def test_the_learning_rate_is_chosen_on_validation_rows_alone(run, monkeypatch):
     assert entry["learning_rate"] == 2e-2
     assert [rate for rate, _ in judging] == [2e-2, 2e-2]
     assert not any(splits["test"] & splits["validation"] for _, splits in judging)
-
-
-def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
-    """Each label held out is one that TF-IDF learns from and the model does not; a few choose no rate, and no weights either."""
-    settings, seen = settings_for("mini"), {}
-    rows = cross_validation.labelled_rows("sample", settings_for("sample").labelled)
-    few, many = rows[:2_000], pd.concat([rows, rows])
-
-    def watched(task, folder, splits, settings, *arguments, **options):
-        seen["train"], seen["held out"], seen["settings"] = len(splits["train"]), len(splits["validation"]), settings
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cross_validation, "finetune", watched)
-    runner = cross_validation.Runner(Path(), Path(), {"classification": settings.classification}, settings.adaptation)
-    for judged, labelled, expected in (("test", few, 60), ("test", many, 0.02 * len(many)), ("validation", few, 200)):
-        labelled = labelled.assign(group=range(len(labelled)))  # the sample's groups are larger than sixty texts
-        with pytest.raises(KeyboardInterrupt):
-            runner.judge(cross_validation.Job("pretrained_head", 0, 0, judged=judged), labelled, labelled, Path())
-        assert seen["held out"] == pytest.approx(expected, rel=0.1)
-        assert seen["train"] + seen["held out"] == len(labelled)
-        assert seen["settings"].evaluate_every > 10**6
 
 
 def test_the_control_learns_its_embeddings_at_the_full_rate(run, monkeypatch):

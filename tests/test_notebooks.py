@@ -120,11 +120,9 @@ def test_a_second_run_redoes_nothing(sample_run):
     assert part.stdout.count(": current, nothing to do") == 2
 
 
-DAMAGE = [*((stage, "flipped byte") for stage in STAGES[1:]), (STAGES[-1], "missing file"), (STAGES[-1], "edited setting")]
-
-
 @pytest.mark.notebooks
-@pytest.mark.parametrize(("stage", "fault"), DAMAGE, ids=lambda value: getattr(value, "notebook", value).removesuffix(".ipynb"))
+@pytest.mark.parametrize("fault", ["flipped byte", "missing file", "edited setting"])
+@pytest.mark.parametrize("stage", STAGES[1:], ids=lambda stage: stage.notebook.removesuffix(".ipynb"))
 def test_a_damaged_input_stops_the_notebook_itself(sample_run, stage, fault, tmp_path, monkeypatch):
     """The checks hold in the notebook, not only in the function: one line that names the notebook to run."""
     folder, _ = sample_run
