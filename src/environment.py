@@ -93,12 +93,12 @@ def machine() -> str:
     """What results were made on: the GPU if there is one, the processor, and the cores that this process may use."""
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    from src.precision import processor
+
+    name = processor().get("model name", platform.processor())
     gpu = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*gpu, processor, f"{cores} core" + "s" * (cores != 1)])
+    return ", ".join([*gpu, name, f"{cores} core" + "s" * (cores != 1)])
 
 
 def report() -> str:
