@@ -105,7 +105,7 @@ def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCor
     )
 
 
-def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Contestant]:
+def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, documents) -> list[Contestant]:
     """Baseline and default, from the same first weights where the default's are T5's; time spent on other ones counts."""
     default = settings.pretraining
     baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
@@ -119,7 +119,7 @@ def contestants(settings: profiles.Settings, tokenizer, documents) -> list[Conte
     if default.compile:
         compile_blocks(model)
     started = time.perf_counter()
-    if initialise := first_weights(model, documents, default):
+    if initialise := first_weights(model, documents, tokenizer_folder, default):
         initialise(model)
     spent = time.perf_counter() - started
     return [
@@ -151,9 +151,10 @@ def main() -> None:
     settings = profiles.settings_for(options.profile, profiles.parse_overrides(options.set))
     if precision_dtype(settings.pretraining) == torch.float16:
         raise SystemExit("error: float16 needs a gradient scaler, which is not here: use a device with bf16, or pretraining.precision=fp32")
-    tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
+    tokenizer_folder = open_artifact(settings, "tokenizer").path
+    tokenizer = load_tokenizer(tokenizer_folder)
     folder = open_artifact(settings, "pretraining_dataset").path
-    both = contestants(settings, tokenizer, TokenizedDocuments.load(folder, "train"))
+    both = contestants(settings, tokenizer, tokenizer_folder, TokenizedDocuments.load(folder, "train"))
     validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining, rows=16)
     evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
     judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}

@@ -25,6 +25,7 @@ class CorpusSettings:
     min_words: int = 20  # shorter documents are dropped
     near_duplicate_threshold: float = 0.8  # Jaccard similarity of word 5-grams
     validation_fraction: float = 0.02  # of the documents, by group
+    tokenizer: str | None = None  # a folder with one to take as it is, such as a checkpoint to go on from; None: train one
     vocab_size: int = 8_000  # pieces and the 100 sentinels together: of more, a small model sees too few examples
     lowercase: bool = True  # one piece for "Profit", "profit" and "PROFIT": a small model has few examples of each
     tokenizer_documents: int = 20_000  # documents that the tokenizer is trained on, evenly spaced
@@ -128,7 +129,7 @@ class PretrainingSettings(TrainingSettings):
     learning_rate: float = 3e-2
     other_rate: float = 0.3
     weight_decay: float = 0.02  # with steps of the learning rate's size, projections then settle near the size they start with
-    initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does
+    initialisation: str = "informed"  # by src.initialisation; "t5": all at random, as the paper does; or a checkpoint to go on from
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 116  # decoder tokens: 114 go with one full window, and rows of several texts need two more
     packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
@@ -138,7 +139,8 @@ class PretrainingSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.initialisation in ("informed", "t5"), "pretraining.initialisation must be informed or t5")
+        is_known = self.initialisation in ("informed", "t5") or "/" in self.initialisation
+        require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, such as results/mini")
         require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")

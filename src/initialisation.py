@@ -1,4 +1,4 @@
-"""First weights that know what counting knows, so that pre-training does not begin on a plateau.
+"""First weights: those of a checkpoint, or ones that know what counting knows, so that pre-training does not begin on a plateau.
 
 Drawn at random, a T5 of this size spends its first millions of tokens little below a unigram model's loss: attention has nothing to look
 for before embeddings say which tokens are alike, and embeddings get no clear gradient before attention looks anywhere. Three things,
@@ -12,7 +12,9 @@ The price is some seconds of counting at the start.
 """
 
 import math
+from dataclasses import fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,14 @@ import torch
 from sklearn.utils.extmath import randomized_svd
 from torch import nn
 from transformers import T5Config
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from src.attention import relative_position_bucket
+from src.config import ModelSettings
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.t5_layers import T5Attention
-from src.tokenizer import WORD_START, TokenizedDocuments
+from src.tokenizer import MODEL_FILE, WORD_START, TokenizedDocuments
+from src.verified_folders import describe_file, file_sha256
 
 NEIGHBOUR_WEIGHTS = (1.0, 0.5)  # of the next token and of the one after it
 MOST_TOKENS, CHUNK = 20_000_000, 4_000_000  # that are counted in all and at once
@@ -34,6 +39,10 @@ CONTEXT_SMOOTHING = 0.75  # of context counts, and 0.5 for singular values: Levy
 SELF_SCORE = 16.0  # attention score of a normed state with itself; scores at random have a variance of SELF_SCORE**2 / d_kv
 STEEPEST_SLOPE, SLOPE_RANGE = 1.0, 16.0  # position bias per token of distance in the first head, and its ratio to the last head's
 LOWEST_BIAS = -8.0
+
+
+class InitialisationError(ValueError):
+    """A checkpoint that pre-training cannot go on from."""
 
 
 class InformedStart:
@@ -44,6 +53,8 @@ class InformedStart:
         config: of the model.
         seed: of the random projections of the decomposition.
     """
+
+    sources: tuple[dict[str, Any], ...] = ()  # beside the documents
 
     def __init__(self, documents: TokenizedDocuments, config: T5Config, seed: int) -> None:
         self.documents, self.config, self.seed = documents, config, seed
@@ -81,6 +92,34 @@ class InformedStart:
             close = [pieces[i].replace(WORD_START, "") for i in order if i != word][:nearest]
             rows.append({"token": pieces[word].replace(WORD_START, ""), "nearest": ", ".join(close)})
         return pd.DataFrame(rows)
+
+
+class CheckpointStart:
+    """Sets a model's first weights to those of a checkpoint, so that pre-training goes on from there; call it with the model.
+
+    Args:
+        folder: a T5 checkpoint with its tokenizer.
+        tokenizer_folder: where the tokenizer lies that the documents were encoded by.
+        config: of the model.
+
+    Raises:
+        InitialisationError: no checkpoint, or one of other widths or of another tokenizer, to which the same ids are other tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer_folder: Path, config: T5Config) -> None:
+        for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, MODEL_FILE):
+            if not (folder / name).is_file():
+                raise InitialisationError(f"{folder / name} is missing: pretraining.initialisation takes a checkpoint and its tokenizer")
+        if file_sha256(folder / MODEL_FILE) != file_sha256(tokenizer_folder / MODEL_FILE):
+            raise InitialisationError(f"{folder} has another tokenizer than the dataset: set corpus.tokenizer={folder} and run notebook 1")
+        theirs = T5Config.from_pretrained(folder)
+        for name in (field.name for field in fields(ModelSettings) if field.name != "dropout_rate"):
+            if (value := getattr(theirs, name)) != getattr(config, name):
+                raise InitialisationError(f"{folder} has {name} {value}, not {getattr(config, name)}: set model.{name}={value}")
+        self.folder, self.sources = folder, (describe_file(folder / SAFE_WEIGHTS_NAME),)
+
+    def __call__(self, model: T5ForConditionalGeneration) -> None:
+        model.load_state_dict(T5ForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32).state_dict())
 
 
 def align_queries_with_keys(attention: T5Attention) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 
 from src.environment import in_notebook
 
+INTERRUPTED = 130  # the exit status that shells give a process ended by Ctrl-C
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 

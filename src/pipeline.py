@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.artifacts import ArtifactError, sources_changed, stale_reason, verify_folder
+from src.interruption import INTERRUPTED
 from src.profiles import Settings, artifacts_folder, parse_overrides, parse_value, settings_for
 from src.source_locations import FileSource
 from src.stages import STAGES, Stage
 
 ROOT = Path(__file__).parent.parent
-INTERRUPTED = 130  # the exit status that shells give a process ended by Ctrl-C
 # Options of `run` (and variables of `make run`) that stand for one setting.
 OPTIONS = {
     "corpus": ("corpus.path", "articles: sample, hub, a Hub id, or a local file or folder"),

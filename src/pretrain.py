@@ -14,6 +14,8 @@ from torch import nn
 
 from src.artifacts import Artifact, open_artifact
 from src.collators import PretrainingBatches
+from src.initialisation import CheckpointStart, InformedStart
+from src.interruption import INTERRUPTED, TrainingInterrupted
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
 from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
@@ -27,10 +29,12 @@ def pretrain(
     source: PretrainingBatches,
     *,
     evaluate: Callable[[nn.Module], dict[str, float]],
-    initialise: Callable[[nn.Module], None] | None,
+    initialise: InformedStart | CheckpointStart | None,
     on_evaluation: Callable[[list[dict[str, Any]]], None],
 ) -> TrainingResult:
-    """`src.training.train`, told what makes two runs of stage 3 the same one (settings and `inputs`) and where its checkpoints lie."""
+    """`src.training.train`, told what makes two runs of stage 3 one (settings, `inputs`, first weights) and where its checkpoints lie."""
+    read = {artifact.name: artifact.digest for artifact in inputs}
+    read |= {source["path"]: source["sha256"] for source in (initialise.sources if initialise else ())}
     return train(
         model,
         source,
@@ -39,7 +43,7 @@ def pretrain(
         evaluate=evaluate,
         initialise=initialise,
         on_evaluation=on_evaluation,
-        run_inputs={artifact.name: artifact.digest for artifact in inputs},
+        run_inputs=read,
     )
 
 
@@ -50,13 +54,9 @@ def run(settings: Settings) -> TrainingResult:
     documents = {split: TokenizedDocuments.load(inputs[1].path, split) for split in ("train", "validation")}
     train_source, validation_source = (PretrainingBatches(documents[split], tokenizer, settings.pretraining) for split in documents)
     model = new_model(settings.model, tokenizer, settings.pretraining.seed)
-
-    def initialise(model: nn.Module) -> None:  # counts the corpus in one process and in a new run only
-        if (start := first_weights(model, documents["train"], settings.pretraining)) is not None:
-            start(model)
-
+    start = first_weights(model, documents["train"], inputs[0].path, settings.pretraining)
     evaluate = SpanCorruptionEvaluation(validation_source, tokenizer, settings.pretraining.validation_rows)
-    return pretrain(settings, inputs, model, train_source, evaluate=evaluate, initialise=initialise, on_evaluation=print_evaluation)
+    return pretrain(settings, inputs, model, train_source, evaluate=evaluate, initialise=start, on_evaluation=print_evaluation)
 
 
 def print_evaluation(log: Sequence[Mapping[str, Any]]) -> None:
@@ -74,6 +74,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except TrainingInterrupted:  # it has said so
+        return INTERRUPTED
     if PartialState().is_main_process:
         print(f"trained to step {result.state.step}, best at {result.best['step']}: run pretrain_t5_small.ipynb to look at it and keep it")
     return 0

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.collators import Documents, PackedEpoch, PretrainingBatches, sentinel_range
 from src.config import ModelSettings, PretrainingSettings
-from src.initialisation import InformedStart
+from src.initialisation import CheckpointStart, InformedStart
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
 from src.precision import DTYPES, best_precision
@@ -55,9 +55,15 @@ def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForCondit
     return T5ForConditionalGeneration(config)
 
 
-def first_weights(model: nn.Module, documents: TokenizedDocuments, settings: PretrainingSettings) -> InformedStart | None:
+def first_weights(
+    model: nn.Module, documents: TokenizedDocuments, tokenizer_folder: Path, settings: PretrainingSettings
+) -> InformedStart | CheckpointStart | None:
     """What sets the weights of a new run in place of T5's random ones, if `settings.initialisation` wants that."""
-    return InformedStart(documents, model.config, settings.seed) if settings.initialisation == "informed" else None
+    if settings.initialisation == "t5":
+        return None
+    if settings.initialisation == "informed":
+        return InformedStart(documents, model.config, settings.seed)
+    return CheckpointStart(Path(settings.initialisation).expanduser(), tokenizer_folder, model.config)
 
 
 class SpanCorruptionEvaluation:

@@ -10,7 +10,7 @@ from src.file_formats import READERS, Row, SourceError, column_names, count_rows
 from src.hub_datasets import hub_revision, hub_rows, load_hub_dataset
 from src.labels import TWITTER_LABEL_MAP, YAHOO_LABEL_MAP
 from src.sample_data import sample_articles, sample_sentences
-from src.verified_folders import file_sha256
+from src.verified_folders import describe_file
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ class FileSource:
                 yield str(file), row, values
 
     def describe(self) -> list[dict[str, Any]]:
-        return [
-            {"path": str(file), "bytes": file.stat().st_size, "sha256": file_sha256(file), "modified_ns": file.stat().st_mtime_ns}
-            for file in self.files
-        ]
+        return [describe_file(file) for file in self.files]
 
 
 @dataclass(frozen=True)

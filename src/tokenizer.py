@@ -11,11 +11,15 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+
+from src.config import CorpusSettings
+from src.verified_folders import describe_file
 
 SENTINELS = 100
 SMALLEST_VOCABULARY = 300  # that the settings allow
@@ -151,6 +155,33 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, lowerca
     if len(tokenizer) != vocab_size:
         raise TokenizerError(f"{folder}: the tokenizer has {len(tokenizer)} ids instead of {vocab_size}: update transformers")
     return tokenizer
+
+
+def make_tokenizer(texts: Iterable[str], folder: Path, settings: CorpusSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the settings, written into `folder`: a copy of the one they name, else one trained on documents."""
+    if settings.tokenizer is None:
+        return train_tokenizer(texts, folder, settings.vocab_size, settings.lowercase)
+    source = sentencepiece_of(settings.tokenizer).parent
+    load_tokenizer(source).save_pretrained(folder)
+    copy_sentencepiece(source, folder)
+    return load_tokenizer(folder)
+
+
+def sentencepiece_of(folder: str | Path) -> Path:
+    """The SentencePiece model of a tokenizer's folder.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    path = Path(folder).expanduser() / MODEL_FILE
+    if not path.is_file():
+        raise TokenizerError(f"{path} is missing: let corpus.tokenizer name a folder with a tokenizer of this project, or none")
+    return path
+
+
+def tokenizer_sources(settings: CorpusSettings) -> list[dict[str, Any]]:
+    """What a manifest says of the tokenizer that the settings name, if they name one."""
+    return [] if settings.tokenizer is None else [describe_file(sentencepiece_of(settings.tokenizer))]
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

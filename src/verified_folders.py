@@ -34,6 +34,12 @@ def file_sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file that was read."""
+    stat = path.stat()
+    return {"path": str(path), "bytes": stat.st_size, "sha256": file_sha256(path), "modified_ns": stat.st_mtime_ns}
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file's bytes, or a folder's names, before going on."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,14 +1,22 @@
-"""First weights from counting: the counts by hand, and what each part is there for."""
+"""First weights: counts by hand and what each part of them is there for, and the checkpoint that training goes on from."""
 
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from src.collators import PretrainingBatches
-from src.initialisation import InformedStart, neighbour_counts, neighbourhood_vectors, positive_information
+from src.initialisation import (
+    CheckpointStart,
+    InformedStart,
+    InitialisationError,
+    neighbour_counts,
+    neighbourhood_vectors,
+    positive_information,
+)
 from src.t5_layers import T5Attention
-from src.tokenizer import TokenizedDocuments
+from src.tokenizer import MODEL_FILE, TokenizedDocuments
 from tests import tiny_run
 
 MODEL = replace(tiny_run.MODEL, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, dropout_rate=0.0)
@@ -107,6 +115,45 @@ def share_on_own_sentinel(model) -> float:
         probabilities = torch.einsum("thd,shd->hts", query[row], key[row]).softmax(-1).mean(0)
         shares += [float(probabilities[at, sources == token].sum()) for at, token in enumerate(ids) if token >= 120]
     return float(np.mean(shares))
+
+
+def checkpoint(folder, spiece=b"pieces", **changes):
+    """A checkpoint of random weights with what stands for a tokenizer."""
+    model = tiny_run.new_model(replace(MODEL, **changes), tiny_run.FixedVocabulary(), seed=1)
+    model.save_pretrained(folder)
+    (folder / MODEL_FILE).write_bytes(spiece)
+    return model
+
+
+def test_a_checkpoint_is_gone_on_from_as_it_is(tmp_path):
+    """Weights left out, or put in the wrong place, would be trained anew without a word."""
+    earlier = checkpoint(tmp_path)
+    model = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)
+    CheckpointStart(tmp_path, tmp_path, model.config)(model)
+    for (name, ours), theirs in zip(model.named_parameters(), earlier.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    assert model.lm_head.weight is model.shared.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spiece": b"other pieces"}, "has another tokenizer than the dataset: set corpus.tokenizer=.* and run notebook 1"),
+        ({"num_layers": 3}, "has num_layers 3, not 2: set model.num_layers=3"),
+        ({"feed_forward_proj": "gated-gelu"}, "has feed_forward_proj gated-gelu, not relu"),
+        (None, "config.json is missing: pretraining.initialisation takes a checkpoint and its tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, message):
+    """With other pieces behind the ids the loss starts worse than at random; other widths fail late, in the words of PyTorch."""
+    for name in ("earlier", "tokenizer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / MODEL_FILE).write_bytes(b"pieces")
+    if change is not None:
+        checkpoint(tmp_path / "earlier", **change)
+    config = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0).config
+    with pytest.raises(InitialisationError, match=message):
+        CheckpointStart(tmp_path / "earlier", tmp_path / "tokenizer", config)
 
 
 def test_sentinels_of_the_decoder_find_theirs_in_the_encoder():

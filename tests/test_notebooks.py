@@ -13,7 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from src import pipeline, profiles, stages
+from src import pipeline, pretrain, profiles, stages
+from src.modeling_t5 import T5ForConditionalGeneration
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,25 @@ def test_what_several_processes_trained_is_found_by_the_notebook(sample_run, tmp
     copy = pipeline.run_notebook(settings, stages.stage_of("pretrained"), "test")
     assert "finished already at step 4" in copy.read_text(encoding="utf-8")
     assert json.loads((tmp_path / "sample/pretrained/manifest.json").read_text())["counts"]["steps"] == 4
+
+
+@pytest.mark.notebooks
+def test_pretraining_goes_on_from_a_checkpoint(sample_run, tmp_path, monkeypatch, capsys):
+    """What was learned is where it starts, and other weights at the same place make another run, not the rest of this one."""
+    folder, _ = sample_run
+    for name in ("tokenizer", "pretraining_dataset", "pretrained"):
+        shutil.copytree(folder / "sample" / name, tmp_path / "sample" / name)
+    earlier = (tmp_path / "sample" / "pretrained").rename(tmp_path / "earlier")
+    monkeypatch.setenv("ARTIFACTS_DIR", str(tmp_path))
+    still = {"pretraining.initialisation": str(earlier), "pretraining.max_steps": 1, "pretraining.learning_rate": 1e-9}
+    settings = profiles.settings_for("sample", still)
+    known = json.loads((earlier / "metrics.json").read_text())["validation_loss"]
+    assert pretrain.run(settings).best["metrics"]["validation_loss"] == pytest.approx(known, abs=1e-3)
+    model = T5ForConditionalGeneration.from_pretrained(earlier)
+    model.shared.weight.data.mul_(1.1)
+    model.save_pretrained(earlier)
+    assert pretrain.run(settings).best["metrics"]["validation_loss"] > known + 1e-3
+    assert "finished already" not in capsys.readouterr().out
 
 
 def test_progress_bars_collapse_to_their_last_state():

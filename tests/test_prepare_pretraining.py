@@ -13,7 +13,16 @@ from src import pretraining_dataset, profiles
 from src.artifacts import open_artifact, write_artifact
 from src.config import CorpusSettings
 from src.pretraining_dataset import ArrayFile, PretrainingDatasetError, collect_documents, write_pretraining_dataset
-from src.tokenizer import TokenizedDocuments, TokenizerError, encode_texts, train_tokenizer
+from src.tokenizer import (
+    TokenizedDocuments,
+    TokenizerError,
+    check_same_ids,
+    encode_texts,
+    load_tokenizer,
+    make_tokenizer,
+    tokenizer_sources,
+    train_tokenizer,
+)
 
 LETTERS = np.random.default_rng(9).choice(list("aeioubcdfglmnprst"), (2_000, 7))
 WORDS = ["".join(letters[: 3 + i % 5]) for i, letters in enumerate(LETTERS)]
@@ -42,7 +51,7 @@ def corpus(tmp_path):
 def build(settings, folder):
     folder.mkdir()
     documents = collect_documents(settings)
-    tokenizer = train_tokenizer(documents.sample("train", settings.tokenizer_documents), folder, settings.vocab_size, settings.lowercase)
+    tokenizer = make_tokenizer(documents.sample("train", settings.tokenizer_documents), folder, settings)
     return documents, tokenizer, write_pretraining_dataset(documents, folder, folder)
 
 
@@ -128,6 +137,21 @@ def test_artifacts_record_what_they_were_made_from(corpus, tmp_path, monkeypatch
     dataset = open_artifact(settings, "pretraining_dataset")
     assert dataset.manifest["inputs"] == {"tokenizer": tokenizer.digest}
     assert dataset.manifest["counts"]["articles read"] == 145
+
+
+def test_a_tokenizer_that_is_named_is_taken_as_it_is(corpus, tmp_path):
+    """Pre-training that goes on from a checkpoint needs the ids of that checkpoint: trained again, a tokenizer orders them otherwise."""
+    for name in ("named", "copy"):
+        (tmp_path / name).mkdir()
+    train_tokenizer([article(np.random.default_rng(5), 400) for _ in range(20)], tmp_path / "named", 400)
+    settings, texts = replace(corpus, tokenizer=str(tmp_path / "named")), list(collect_documents(corpus).sample("train", 20))
+    copied = make_tokenizer(texts, tmp_path / "copy", settings)
+    assert encode_texts(copied, texts) == encode_texts(load_tokenizer(tmp_path / "named"), texts)
+    assert check_same_ids(tmp_path / "copy", texts) == 20
+    (source,) = tokenizer_sources(settings)
+    assert source["path"] == str(tmp_path / "named/spiece.model")
+    with pytest.raises(TokenizerError, match=r"nowhere/spiece\.model is missing: let corpus.tokenizer name a folder"):
+        tokenizer_sources(replace(corpus, tokenizer="nowhere"))
 
 
 def test_an_array_file_grows_and_opens_as_npy(tmp_path):

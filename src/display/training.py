@@ -20,6 +20,7 @@ from torch import nn
 from src.attention import relative_position_bucket
 from src.display.data import table
 from src.display.style import ACCENT, GRID, INK, Table, finished, plain_axes
+from src.initialisation import CheckpointStart, InformedStart
 from src.tokenizer import WORD_START
 
 SCREEN_DPI = 72  # keeps a notebook of several figures small
@@ -196,6 +197,14 @@ def decoding_figure(rows: pd.DataFrame) -> Figure:
         axes.set_ylim(0, None)
     panels[0].legend(frameon=False, fontsize=9)
     return finished(figure)
+
+
+def first_weights(start: InformedStart | CheckpointStart | None, tokenizer: Any) -> Table | HTML:
+    """Where training starts: neighbours of some tokens, or the checkpoint that it goes on from."""
+    if isinstance(start, InformedStart):
+        return table(start.nearest_tokens(tokenizer))
+    at_random = "All weights are drawn at random."
+    return HTML(at_random if start is None else f"Training goes on from the weights of <code>{html.escape(str(start.folder))}</code>.")
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
