@@ -41,6 +41,11 @@ def table(frame: pd.DataFrame, caption: str | None = None, texts: Sequence[str] 
     return style.set_caption(html.escape(caption)) if caption else style
 
 
+def sources_table(sources: Sequence[Mapping[str, object]]) -> Table:
+    """What was read, as `describe_source` says it, without the files' times."""
+    return table(pd.DataFrame(sources).drop(columns="modified_ns", errors="ignore"), "What is read")
+
+
 def artifacts_table(artifacts: Sequence[Artifact], caption: str | None = None) -> Table:
     """What a notebook leaves on disk: folder, size and the digest that names its content."""
     sizes = [sum(file["bytes"] for file in artifact.manifest["files"].values()) / 1e6 for artifact in artifacts]
