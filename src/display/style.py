@@ -23,6 +23,9 @@ class Table(Styler):
         numbers = {column: [{"selector": "", "props": "text-align: right"}] for column in frame.select_dtypes("number")}
         self.set_table_styles(SHEET).set_table_styles(numbers, overwrite=False)
 
+    def __repr__(self) -> str:
+        return f"<Table of {len(self.data)} rows>"
+
     def _repr_html_(self) -> str:
         sheet, _, body = super()._repr_html_().partition("</style>")
         return css_inline.CSSInliner().inline_fragment(body, sheet.partition(">")[2])
