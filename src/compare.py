@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     runner = Runner(folder, base, tasks, settings.adaptation, arguments.processes)
     seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
-    finished = {model: run_jobs(runner, model, splits, seeds, learning_rate=rates.get(model, {}).get("learning_rate")) for model in models}
+    own = {model: {"learning_rate": rates.get(model, {}).get("learning_rate")} for model in models}
+    runner.run_ahead([job for model in models for job in jobs_of(model, splits, seeds, **own[model])])
+    finished = {model: run_jobs(runner, model, splits, seeds, **own[model]) for model in models}
     report = report_of(finished, splits)
     for entry in report["models"]:
         entry |= rates.get(entry["name"], {})
@@ -144,30 +146,43 @@ def choose_rates(
 
     Multiples of a model's own rate, because a rate for adapters means nothing for full weights.
     """
+    first = splits[:RATE_FOLDS]
+    asked = {
+        model: [
+            {"learning_rate": runner.settings_of(Job(model, 0, seed)).learning_rate * multiple, "judged": "validation"}
+            for multiple in multiples
+        ]
+        for model in models
+        if multiples and model in CONTESTANTS
+    }
+    runner.run_ahead([job for model, tried in asked.items() for changes in tried for job in jobs_of(model, first, [seed], **changes)])
     chosen = {}
-    for model in (model for model in models if multiples and model in CONTESTANTS):
-        own, scores = runner.settings_of(Job(model, 0, seed)).learning_rate, {}
-        for rate in (own * multiple for multiple in multiples):
-            done = run_jobs(runner, model, splits[:RATE_FOLDS], [seed], learning_rate=rate, judged="validation")
-            scores[rate] = evaluate_predictions(pd.concat([result.test for result in done]), resamples=1)["macro_f1"]
+    for model, tried in asked.items():
+        scores = {}
+        for changes in tried:
+            done = run_jobs(runner, model, first, [seed], **changes)
+            scores[changes["learning_rate"]] = evaluate_predictions(pd.concat([result.test for result in done]), resamples=1)["macro_f1"]
         best = max(scores, key=scores.__getitem__)
         chosen[model] = {"learning_rate": best, "validation_macro_f1_by_rate": {f"{rate:g}": score for rate, score in scores.items()}}
     return chosen
 
 
+def jobs_of(model: str, splits: Sequence[Split], seeds: Sequence[int], **changes: Any) -> list[tuple[Job, pd.DataFrame, pd.DataFrame]]:
+    """All jobs of one model, with `changes` to each `Job`, and their rows: what `Runner.run` takes."""
+    seeds = seeds if model in CONTESTANTS else seeds[:1]
+    return [(Job(model, split.fold, seed, **changes), split.rest, split.test) for seed in seeds for split in splits]
+
+
 def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequence[int], **changes: Any) -> list[Finished]:
-    """All jobs of one model, with `changes` to each `Job`; one line is printed for each fold and seed."""
-    done, seeds = [], seeds if model in CONTESTANTS else seeds[:1]
-    runner.run_ahead([(Job(model, split.fold, seed, **changes), split.rest, split.test) for seed in seeds for split in splits])
-    for seed in seeds:
-        for number, split in enumerate(splits, 1):
-            job = Job(model, split.fold, seed, **changes)
-            result = runner.run(job, split.rest, split.test)
-            right = float((result.test["prediction"] == result.test["label"]).mean())
-            about = "" if job.fraction == 1 else f", {job.fraction:.0%} of the labels"
-            about += "" if job.learning_rate is None else f", learning rate {job.learning_rate:g}"
-            print(f"{model}: fold {number}/{len(splits)}, seed {seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)
-            done.append(result)
+    """What all jobs of one model left, one after another; one line is printed for each."""
+    done = []
+    for number, (job, rest, test) in enumerate(jobs_of(model, splits, seeds, **changes)):
+        done.append(result := runner.run(job, rest, test))
+        right = float((result.test["prediction"] == result.test["label"]).mean())
+        about = "" if job.fraction == 1 else f", {job.fraction:.0%} of the labels"
+        about += "" if job.learning_rate is None else f", learning rate {job.learning_rate:g}"
+        fold = f"fold {number % len(splits) + 1}/{len(splits)}"
+        print(f"{model}: {fold}, seed {job.seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)
     return done
 
 
@@ -222,16 +237,21 @@ def label_efficiency(
     runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Macro-F1 with its interval for each share of the training labels, at the rates and seeds of `finished`: what pre-training saves."""
+    models = [model for model in finished if model in CURVE_MODELS]
+    seeds = {model: sorted({result.job.seed for result in finished[model]}) for model in models}
+    points = [
+        (model, {"fraction": fraction, "learning_rate": finished[model][0].job.learning_rate})
+        for fraction in sorted(fractions)
+        for model in models
+    ]
+    runner.run_ahead([job for model, changes in points for job in jobs_of(model, splits, seeds[model], **changes)])
     curve = []
-    for fraction in sorted(fractions):
-        for model in (model for model in finished if model in CURVE_MODELS):
-            jobs = [result.job for result in finished[model]]
-            seeds, rate = sorted({job.seed for job in jobs}), jobs[0].learning_rate
-            done = run_jobs(runner, model, splits, seeds, fraction=fraction, learning_rate=rate)
-            scores = evaluate_predictions(pooled([result.test for result in done]))
-            low, high = scores["macro_f1_ci95"]
-            curve.append({"fraction": fraction, "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
-            curve[-1] |= {"low": low, "high": high}
+    for model, changes in points:
+        done = run_jobs(runner, model, splits, seeds[model], **changes)
+        scores = evaluate_predictions(pooled([result.test for result in done]))
+        low, high = scores["macro_f1_ci95"]
+        curve.append({"fraction": changes["fraction"], "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
+        curve[-1] |= {"low": low, "high": high}
     return curve
 
 

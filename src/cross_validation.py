@@ -146,15 +146,15 @@ class Runner:
     processes: int = 1  # that `run_ahead` may start
 
     def run_ahead(self, jobs: Sequence[tuple[Job, pd.DataFrame, pd.DataFrame]]) -> None:
-        """Do those of the jobs `(job, rest, test)` of one model that are not on disk side by side, each on its share of the cores.
+        """Do those of the jobs `(job, rest, test)` that are not on disk side by side, each on its share of the cores.
 
         A single job gains less from a second core than a second job does. Adapted models stay one at a time: those that read
         the same texts share a base, which the first of them makes.
         """
-        contestant = CONTESTANTS.get(jobs[0][0].model)
-        if self.processes == 1 or contestant is None or contestant.adapted:
+        if self.processes == 1:
             return
-        missing = [one for one in jobs if read_finished(one[0], self.target(one[0], self.identity(*one))) is None]
+        apart = [one for one in jobs if one[0].model in CONTESTANTS and not CONTESTANTS[one[0].model].adapted]
+        missing = [one for one in apart if read_finished(one[0], self.target(one[0], self.identity(*one))) is None]
         processes = min(self.processes, len(missing))
         if processes < 2:
             return
@@ -162,7 +162,7 @@ class Runner:
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
         with ProcessPoolExecutor(processes, spawn, initializer=start_worker, initargs=(threads,)) as pool:
             results = as_they_come(pool, processes, self.run, missing)
-            for _ in progress_bar(results, total=len(missing), desc=f"{jobs[0][0].model}, {processes} at a time", unit="job"):
+            for _ in progress_bar(results, total=len(missing), desc=f"models, {processes} at a time", unit="model"):
                 pass
 
     def target(self, job: Job, identity: Mapping[str, Any]) -> Path:

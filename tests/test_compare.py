@@ -107,7 +107,7 @@ def test_a_job_is_named_by_what_it_takes_from_the_base(run, base, tmp_path, monk
 
 def test_jobs_side_by_side_are_the_same_jobs(run, tmp_path, monkeypatch, capfd):
     """A job that another process named or trained otherwise would be done again, or be another model."""
-    options = ("--models", "tfidf_svm,pretrained_head", "--seeds", "0,1")
+    options = ("--models", "tfidf_svm,random_init,pretrained_head", "--rates", "1,2", "--fractions", "0.5")
     with monkeypatch.context() as patched:
         patched.setattr(cross_validation, "finetune", refuse)  # in this process only: all is done by the others
         found = run(*options, "--processes", "2")["models"]
