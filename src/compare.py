@@ -86,14 +86,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     runner = Runner(folder, base, tasks, settings.adaptation, arguments.processes)
     seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
-    own = {model: {"learning_rate": rates.get(model, {}).get("learning_rate")} for model in models}
-    runner.run_ahead([job for model in models for job in jobs_of(model, splits, seeds, **own[model])])
-    finished = {model: run_jobs(runner, model, splits, seeds, **own[model]) for model in models}
+    plans = [(model, {"learning_rate": rates.get(model, {}).get("learning_rate")}) for model in models]
+    finished = dict(zip(models, run_plans(runner, plans, splits, seeds), strict=True))
     report = report_of(finished, splits)
     for entry in report["models"]:
         entry |= rates.get(entry["name"], {})
     if arguments.fractions:
-        report["fractions"] = label_efficiency(runner, finished, splits, numbers(arguments.fractions))
+        report["fractions"] = label_efficiency(runner, finished, splits, seeds, numbers(arguments.fractions))
     report |= {"rows": report["models"][0]["rows"], "folds": len(splits), "seeds": seeds, "seed": draws[0], "split_seeds": draws}
     report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data}
     report |= {"command": published_command("src.pipeline", sys.argv[1:])}
@@ -146,25 +145,27 @@ def choose_rates(
 
     Multiples of a model's own rate, because a rate for adapters means nothing for full weights.
     """
-    first = splits[:RATE_FOLDS]
-    asked = {
-        model: [
-            {"learning_rate": runner.settings_of(Job(model, 0, seed)).learning_rate * multiple, "judged": "validation"}
-            for multiple in multiples
-        ]
-        for model in models
-        if multiples and model in CONTESTANTS
+    own = {model: runner.settings_of(Job(model, 0, seed)).learning_rate for model in models if model in CONTESTANTS}
+    plans = [(model, {"learning_rate": own[model] * multiple, "judged": "validation"}) for model in own for multiple in multiples]
+    tried: dict[str, dict[float, float]] = {}
+    for (model, changes), done in zip(plans, run_plans(runner, plans, splits[:RATE_FOLDS], [seed]), strict=True):
+        scores = evaluate_predictions(pd.concat([result.test for result in done]), resamples=1)
+        tried.setdefault(model, {})[changes["learning_rate"]] = scores["macro_f1"]
+    return {
+        model: {
+            "learning_rate": max(scores, key=scores.__getitem__),
+            "validation_macro_f1_by_rate": {f"{rate:g}": score for rate, score in scores.items()},
+        }
+        for model, scores in tried.items()
     }
-    runner.run_ahead([job for model, tried in asked.items() for changes in tried for job in jobs_of(model, first, [seed], **changes)])
-    chosen = {}
-    for model, tried in asked.items():
-        scores = {}
-        for changes in tried:
-            done = run_jobs(runner, model, first, [seed], **changes)
-            scores[changes["learning_rate"]] = evaluate_predictions(pd.concat([result.test for result in done]), resamples=1)["macro_f1"]
-        best = max(scores, key=scores.__getitem__)
-        chosen[model] = {"learning_rate": best, "validation_macro_f1_by_rate": {f"{rate:g}": score for rate, score in scores.items()}}
-    return chosen
+
+
+def run_plans(
+    runner: Runner, plans: Sequence[tuple[str, Mapping[str, Any]]], splits: Sequence[Split], seeds: Sequence[int]
+) -> list[list[Finished]]:
+    """What the jobs of each plan left; a plan is a model and `changes` to its jobs. Those of all plans may run side by side."""
+    runner.run_ahead([job for model, changes in plans for job in jobs_of(model, splits, seeds, **changes)])
+    return [run_jobs(runner, model, splits, seeds, **changes) for model, changes in plans]
 
 
 def jobs_of(model: str, splits: Sequence[Split], seeds: Sequence[int], **changes: Any) -> list[tuple[Job, pd.DataFrame, pd.DataFrame]]:
@@ -234,20 +235,13 @@ def scores_by(name: str, parts: Iterable[tuple[int, pd.DataFrame]]) -> list[dict
 
 
 def label_efficiency(
-    runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], fractions: Sequence[float]
+    runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], seeds: Sequence[int], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Macro-F1 with its interval for each share of the training labels, at the rates and seeds of `finished`: what pre-training saves."""
-    models = [model for model in finished if model in CURVE_MODELS]
-    seeds = {model: sorted({result.job.seed for result in finished[model]}) for model in models}
-    points = [
-        (model, {"fraction": fraction, "learning_rate": finished[model][0].job.learning_rate})
-        for fraction in sorted(fractions)
-        for model in models
-    ]
-    runner.run_ahead([job for model, changes in points for job in jobs_of(model, splits, seeds[model], **changes)])
+    """Macro-F1 with its interval for each share of the training labels, at the rates of `finished`: what pre-training saves."""
+    rates = {model: results[0].job.learning_rate for model, results in finished.items() if model in CURVE_MODELS}
+    plans = [(model, {"fraction": fraction, "learning_rate": rates[model]}) for fraction in sorted(fractions) for model in rates]
     curve = []
-    for model, changes in points:
-        done = run_jobs(runner, model, splits, seeds[model], **changes)
+    for (model, changes), done in zip(plans, run_plans(runner, plans, splits, seeds), strict=True):
         scores = evaluate_predictions(pooled([result.test for result in done]))
         low, high = scores["macro_f1_ci95"]
         curve.append({"fraction": changes["fraction"], "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})

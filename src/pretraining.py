@@ -29,7 +29,7 @@ from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
 from src.precision import DTYPES, best_precision
 from src.span_corruption import corrupted_lengths, example_rng, noise_mask
-from src.tokenizer import WORD_START, TokenizedDocuments, copy_sentencepiece
+from src.tokenizer import WORD_START, TokenizedDocuments, save_tokenizer
 from src.training import TrainingResult
 
 
@@ -238,8 +238,7 @@ def summary(result: TrainingResult, model: nn.Module) -> dict[str, float]:
 def save_checkpoint(model: nn.Module, tokenizer: Any, tokenizer_folder: Path, folder: Path) -> None:
     """Write a plain Hugging Face checkpoint and its tokenizer, the SentencePiece model of `tokenizer_folder` included."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    copy_sentencepiece(tokenizer_folder, folder)
+    save_tokenizer(tokenizer, tokenizer_folder, folder)
 
 
 def save_pretrained(

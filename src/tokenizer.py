@@ -162,8 +162,7 @@ def make_tokenizer(texts: Iterable[str], folder: Path, settings: CorpusSettings)
     if settings.tokenizer is None:
         return train_tokenizer(texts, folder, settings.vocab_size, settings.lowercase)
     source = sentencepiece_of(settings.tokenizer).parent
-    load_tokenizer(source).save_pretrained(folder)
-    copy_sentencepiece(source, folder)
+    save_tokenizer(load_tokenizer(source), source, folder)
     return load_tokenizer(folder)
 
 
@@ -194,9 +193,10 @@ def load_sentencepiece(folder: str | Path) -> sentencepiece.SentencePieceProcess
     return sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / MODEL_FILE))
 
 
-def copy_sentencepiece(source: str | Path, target: Path) -> None:
-    """Put the `.model` beside tokenizer files that `save_pretrained` wrote without it."""
-    shutil.copyfile(Path(source) / MODEL_FILE, target / MODEL_FILE)
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, target: Path) -> None:
+    """Write a tokenizer's files into `target`, and the `.model` of its folder `source`, which `save_pretrained` leaves out."""
+    tokenizer.save_pretrained(target)
+    shutil.copyfile(source / MODEL_FILE, target / MODEL_FILE)
 
 
 def encode_in_bulk(processor: sentencepiece.SentencePieceProcessor, texts: Sequence[str]) -> list[list[int]]:
