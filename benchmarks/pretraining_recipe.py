@@ -135,11 +135,10 @@ def minutes_to_goal(curve: list[dict]) -> float | None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="for each of the two")
-    parser.add_argument("--profile", default="mini")
+    profiles.add_settings_options(parser, "mini", "another setting of the default recipe")
     parser.add_argument("--evaluate-every", type=float, default=1.0, help="minutes of training between evaluations")
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another setting of the default recipe")
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
 from src.finetuning_dataset import check_published_classes
-from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
+from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
 from src.sources import describe_source
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column")
     parser.add_argument("--label-column")
     parser.add_argument("--label-map", help="meaning of the labels, e.g. 0=bearish,1=bullish,2=neutral")
-    parser.add_argument("--profile", default="mini", choices=sorted(PROFILES))
+    add_settings_options(parser, "mini")
     parser.add_argument("--base", type=Path, help="a T5 checkpoint with its tokenizer, in place of the profile's `pretrained` artifact")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--only-folds", type=int, help="run the first few folds only, for a look")
@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-seeds", default="0", help="draws of the folds, e.g. 0,1,2: each text is then judged once in each draw")
     parser.add_argument("--processes", type=int, default=1, help="models trained side by side, each on its share of the cores")
     parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     parser.add_argument("--output", type=Path, help="JSON file to write; pictures go beside it")
 
 

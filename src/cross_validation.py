@@ -5,6 +5,7 @@ named by everything that shapes it but the code, so an interrupted comparison go
 its own jobs. The price is disk: a few hundred kilobytes of predictions a job, and a checkpoint for each fold of adapted models.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -249,6 +250,12 @@ def start_worker(threads: int) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
 
 
+@functools.cache
+def warn_of_other_code(folder: Path) -> None:
+    """One line for all jobs of the folder, of which there may be hundreds."""
+    warnings.warn(f"{folder} holds jobs of another version of the code: remove it to repeat them if that matters", stacklevel=3)
+
+
 def read_finished(job: Job, folder: Path) -> Finished | None:
     """What an earlier run of the job left, or None; a damaged folder counts as none."""
     try:
@@ -256,7 +263,7 @@ def read_finished(job: Job, folder: Path) -> Finished | None:
     except ArtifactError:
         return None
     if manifest["code"] != code_digest():
-        warnings.warn(f"{folder.parent} holds jobs of another version of the code: remove it to repeat them if that matters", stacklevel=2)
+        warn_of_other_code(folder.parent)
     paths = (folder / f"{name}.parquet" for name in ("test", "validation", "generated"))
     frames = [pd.read_parquet(path) if path.exists() else None for path in paths]
     return Finished(job, *frames, json.loads((folder / "costs.json").read_text()))

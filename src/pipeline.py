@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from src.artifacts import ArtifactError, sources_changed, stale_reason, verify_folder
 from src.interruption import INTERRUPTED
-from src.profiles import Settings, artifacts_folder, parse_overrides, parse_value, settings_for
+from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, parse_value, settings_for
 from src.source_locations import FileSource
 from src.stages import STAGES, Stage
 
@@ -212,10 +212,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m src.pipeline", description=__doc__.partition("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="run the notebooks that are not current")
-    run_parser.add_argument("--profile", default="sample")
+    add_settings_options(run_parser, "sample")
     for option, (key, description) in OPTIONS.items():
         run_parser.add_argument(f"--{option.replace('_', '-')}", help=f"{description} ({key})")
-    run_parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     run_parser.add_argument("--through", type=int, choices=range(1, len(STAGES) + 1), default=len(STAGES), help="the last notebook to run")
     run_parser.add_argument("--force", action="store_true", help="run every stage again")
     run_parser.add_argument("--in-place", action="store_true", help="also replace the notebooks here by the executed ones")

@@ -17,7 +17,7 @@ from src.collators import PretrainingBatches
 from src.initialisation import CheckpointStart, InformedStart
 from src.interruption import INTERRUPTED, TrainingInterrupted
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
-from src.profiles import PROFILES, Settings, artifacts_folder, parse_overrides, settings_for
+from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 from src.training import TrainingResult, train
 
@@ -66,8 +66,7 @@ def print_evaluation(log: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="src.pretrain", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="small", choices=sorted(PROFILES))
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting of `model` or `pretraining`")
+    add_settings_options(parser, "small", "a setting of `model` or `pretraining`")
     arguments = parser.parse_args()
     try:
         result = run(settings_for(arguments.profile, parse_overrides(arguments.set)))

@@ -4,6 +4,7 @@ A stage's settings are `settings_for(profile, overrides)`: nothing is patched af
 records can be derived again and compared.
 """
 
+import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -158,6 +159,17 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def add_settings_options(parser: argparse.ArgumentParser, profile: str, about: str = "any other setting") -> None:
+    """`--profile` and `--set`, as all commands spell them; `settings_for(options.profile, parse_overrides(options.set))` reads them.
+
+    Args:
+        profile: the one that is meant where none is given.
+        about: which settings the command reads.
+    """
+    parser.add_argument("--profile", default=profile, choices=sorted(PROFILES))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=about)
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:

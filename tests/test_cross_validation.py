@@ -1,5 +1,6 @@
 """Folds, shares of the labels, and what a job trains on."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from src import cross_validation
 from src.profiles import settings_for
+from src.verified_folders import atomic_folder
 
 
 def test_every_text_is_judged_once_and_no_group_is_on_both_sides():
@@ -59,3 +61,15 @@ def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
         assert seen["held out"] == pytest.approx(expected, rel=0.1)
         assert seen["train"] + seen["held out"] == len(labelled)
         assert seen["settings"].evaluate_every > 10**6
+
+
+def test_jobs_of_another_version_are_told_in_one_line(tmp_path, recwarn):
+    """A comparison asks for each of its hundred jobs, some twice: as many warnings hide what the command is there to show."""
+    job = cross_validation.Job("pretrained_head", 0, 0)
+    for name in ("first", "second"):
+        with atomic_folder(tmp_path / name, {"code": "another"}) as folder:
+            (folder / "costs.json").write_text("{}")
+        for _ in range(2):
+            with warnings.catch_warnings():  # forgets which warnings were shown
+                assert cross_validation.read_finished(job, tmp_path / name) is not None
+    assert len([one for one in recwarn if "another version of the code" in str(one.message)]) == 1
