@@ -67,12 +67,6 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         self.logit_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings) else 1.0
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = new_embeddings
-
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor, decoder_segment_ids: Tensor | None = None) -> Tensor:
         """Decoder inputs for `labels` (batch, length), shifted inside each segment."""
         return shift_right(labels, decoder_segment_ids, self.config.decoder_start_token_id or 0, self.config.pad_token_id)

@@ -46,6 +46,12 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in linears.items() if {"encoder", "decoder"} & set(name.split("."))}
 
 
+def embedding_tables(model: nn.Module) -> list[str]:
+    """The stacks' token embeddings by full name, the encoder's first; they are one table, whichever stack reads it."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name.endswith("embed_tokens")]
+    return sorted(names, key=lambda name: "encoder" not in name)
+
+
 def block_size(in_features: int) -> int:
     """Weights that share one scale: 64 as in QLoRA, 32 where a row is not made of whole blocks of 64.
 
@@ -118,23 +124,30 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftModel:
-    """Freeze a model and put a trainable low-rank adapter on every linear layer of its blocks, `wo` included.
+    """Freeze a model and put a trainable low-rank adapter on every linear layer of its blocks, `wo` included, and on its embeddings.
 
     W' = W + scale * B A with A (rank, in) random and B (out, rank) zero, so training starts at the base (arXiv 2106.09685, eq. 3);
     scale = alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), alpha / rank without. The head, if any, is trained in full.
+    Encoder and decoder read one table of embeddings, so they share its adapter. In so small a model the table is half of all weights:
+    frozen, it costs more than the 4 bits do.
     """
+    tables = embedding_tables(model)
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        target_modules=list(block_linears(model)),
+        target_modules=[*block_linears(model), *tables],
         modules_to_save=head_names(model) or None,
         bias="none",
     )
     with quiet_peft():
         adapted = get_peft_model(model, config)
+    first, *others = (model.get_submodule(name) for name in tables)
+    for table in others:
+        for part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+            setattr(table, part, getattr(first, part))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small and updated in small steps: 16 bit would lose the steps
@@ -143,9 +156,11 @@ def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftMo
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that peft asks transformers for a property by its old name."""
+    """Without peft's warnings that it asks transformers for a property by its old name, and that tied embeddings have an adapter,
+    which `add_adapters` and `merge` see to."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         yield
 
 
@@ -219,7 +234,23 @@ def merge_to_16_bit(
     """
     if read_base(adapter_folder, base_folder)["quantised"]:
         dequantise(quantise(base, compute_dtype))
-    return attach(base.float(), adapter_folder).merge_and_unload().to(dtype)
+    return merge(attach(base.float(), adapter_folder)).to(dtype)
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base with its adapters added to its weights; used up. The output layer has no adapter: one that is tied gets its own weights."""
+    base = model.get_base_model()
+    table, head = base.get_input_embeddings().weight, getattr(base, "lm_head", None)
+    if head is not None and head.weight is table:
+        head.weight = nn.Parameter(table.detach() * base.logit_scale)  # an output layer of its own is read without T5's scale
+        base.logit_scale, base.config.scale_decoder_outputs, base.config.tie_word_embeddings = 1.0, False, False
+    for module in base.modules():
+        if isinstance(module, nn.Embedding) and module.weight is table:  # or each stack would add the adapter to the one table
+            module.weight = nn.Parameter(table.detach().clone())
+    with quiet_peft():
+        merged = model.merge_and_unload()
+    merged.set_input_embeddings(merged.get_submodule(embedding_tables(merged)[0]))
+    return merged
 
 
 def parameter_table(model: nn.Module, optimizer_bytes: int = 8) -> pd.DataFrame:

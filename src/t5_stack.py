@@ -62,6 +62,16 @@ class T5PreTrainedModel(PreTrainedModel):
         elif hasattr(module, "shared"):
             init.normal_(module.shared.weight, std=factor)
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The one table that all stacks read."""
+        return getattr(self, self.base_model_prefix, self).shared
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        owner = getattr(self, self.base_model_prefix, self)
+        owner.shared = owner.encoder.embed_tokens = new_embeddings
+        if hasattr(owner, "decoder"):
+            owner.decoder.embed_tokens = new_embeddings
+
     def set_attention_kernel(self, kernel: str) -> None:
         """Attend with `"plain"`, the readable reference, or `"auto"`, the fastest for the device."""
         for module in self.modules():

@@ -126,6 +126,18 @@ def test_every_linear_layer_of_the_blocks_carries_an_adapter(gated):
     assert not qlora.is_quantised(model.get_base_model().lm_head)
 
 
+def test_the_stacks_share_one_adapter_of_their_embeddings(base_folder):
+    """Two adapters of one table would be two tables, which no T5 checkpoint can hold: merged, it would predict something else."""
+    model = adapted(base_folder)
+    stacks = [model.get_base_model().encoder, model.get_base_model().decoder]
+    own = [dict(stack.embed_tokens.named_parameters()) for stack in stacks]
+    assert {name for name, parameter in own[0].items() if parameter.requires_grad} == {
+        "lora_embedding_A.default",
+        "lora_embedding_B.default",
+    }
+    assert all(own[0][name] is own[1][name] for name in own[0])
+
+
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_rslora": False}], ids=["rslora", "dora", "lora"])
 def test_training_learns_and_leaves_the_base_as_it_is(base_folder, changes):
     """If the 4-bit base moved, or was repacked for a faster kernel, the saved adapter would belong to a base that is nowhere."""
@@ -196,13 +208,25 @@ def test_merged_model_is_stock_and_predicts_the_same(base_folder, tmp_path, chan
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
     assert type(stock).__module__.startswith("transformers.")
     assert stock.dtype == torch.bfloat16
+    assert torch.equal(stock.encoder.embed_tokens.weight, stock.decoder.embed_tokens.weight)
+    assert not stock.config.scale_decoder_outputs  # the output layer keeps what the embeddings were before they had an adapter
     expected, found = logits(model, data), logits(stock, data)
     assert torch.equal(expected.argmax(-1), found.argmax(-1))
     distance = (expected.softmax(-1) - found.softmax(-1)).abs().max()
     assert distance < 0.02
     if changes == {"quantised": True}:
-        wrong = qlora.attach(load(base_folder).float(), tmp_path / "adapter").merge_and_unload()
+        wrong = qlora.merge(qlora.attach(load(base_folder).float(), tmp_path / "adapter"))
         assert (expected.softmax(-1) - logits(wrong, data).softmax(-1)).abs().max() > 2 * distance
+
+
+def test_merged_classifier_predicts_the_same(base_folder, tmp_path):
+    """It has no decoder to share the embeddings' adapter with, and a head that is merged with nothing."""
+    model, data = adapted(base_folder, T5ForSentimentClassification), batch(T5ForSentimentClassification)
+    train(model.train(), data, learning_rate=2e-3)
+    qlora.save_adapter(model, tmp_path / "adapter", base_folder)
+    merged = qlora.merge_to_16_bit(load(base_folder, T5ForSentimentClassification), tmp_path / "adapter", base_folder)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    assert (logits(model, data).softmax(-1) - logits(merged, data).softmax(-1)).abs().max() < 0.02
 
 
 def test_adapter_of_another_base_is_refused(base_folder, tmp_path):
@@ -252,6 +276,7 @@ def test_parameter_table_counts_what_is_there(base_folder):
     assert 0.5 < table.loc["4-bit linear layers", "mebibytes"] * qlora.MEBIBYTE / linear < 0.6  # bytes each: 4 bits and the scales
     assert table.loc["head", "parameters"] == sum(p.numel() for p in whole.classification_head.parameters())
     adapters = sum(4 * (layer.in_features + layer.out_features) for layer in qlora.block_linears(whole).values())
+    adapters += 4 * sum(whole.get_input_embeddings().weight.shape)
     assert table.loc["adapters", "trainable"] == adapters
     assert table["parameters"].sum() == sum(p.numel() for p in whole.parameters()) + adapters
     assert json.loads(table.to_json())  # no NumPy surprise on the way into a manifest
