@@ -124,23 +124,21 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftModel:
-    """Freeze a model and put a trainable low-rank adapter on every linear layer of its blocks, `wo` included, on its embeddings and on
-    its output layer.
+    """Freeze a model and put a trainable low-rank adapter on every linear layer of its blocks, `wo` included, and on its embeddings.
 
     W' = W + scale * B A with A (rank, in) random and B (out, rank) zero, so training starts at the base (arXiv 2106.09685, eq. 3);
     scale = alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), alpha / rank without. The head, if any, is trained in full.
-    Encoder and decoder read one table of embeddings, so they share its adapter; an output layer that is tied to the table has one of
-    its own. In so small a model the table is a large share of all weights: frozen, it costs more than the 4 bits do.
+    Encoder and decoder read one table of embeddings, so they share its adapter. In so small a model the table is half of all weights:
+    frozen, it costs more than the 4 bits do.
     """
     tables = embedding_tables(model)
-    outputs = ["lm_head"] if hasattr(model, "lm_head") else []
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        target_modules=[*block_linears(model), *tables, *outputs],
+        target_modules=[*block_linears(model), *tables],
         modules_to_save=head_names(model) or None,
         bias="none",
     )
@@ -240,18 +238,18 @@ def merge_to_16_bit(
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base with its adapters added to its weights; used up. An output layer that was tied to the embeddings no longer is."""
+    """The base with its adapters added to its weights; used up. The output layer has no adapter: one that is tied gets its own weights."""
     base = model.get_base_model()
-    table = base.get_input_embeddings().weight
+    table, head = base.get_input_embeddings().weight, getattr(base, "lm_head", None)
+    if head is not None and head.weight is table:
+        head.weight = nn.Parameter(table.detach() * base.logit_scale)  # an output layer of its own is read without T5's scale
+        base.logit_scale, base.config.scale_decoder_outputs, base.config.tie_word_embeddings = 1.0, False, False
     for module in base.modules():
         if isinstance(module, nn.Embedding) and module.weight is table:  # or each stack would add the adapter to the one table
             module.weight = nn.Parameter(table.detach().clone())
     with quiet_peft():
         merged = model.merge_and_unload()
     merged.set_input_embeddings(merged.get_submodule(embedding_tables(merged)[0]))
-    if getattr(merged, "logit_scale", 1.0) != 1.0:  # which T5 gives a tied output layer alone
-        merged.lm_head.weight.data *= merged.logit_scale
-        merged.logit_scale, merged.config.scale_decoder_outputs, merged.config.tie_word_embeddings = 1.0, False, False
     return merged
 
 

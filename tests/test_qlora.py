@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from src import qlora
@@ -112,16 +113,17 @@ def test_square_weights_are_not_transposed():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_linear_layer_of_the_blocks_carries_an_adapter(gated):
-    """`wo` is what a quantised T5 silently leaves out; the output layer must stay in 16 bit."""
+    """`wo` is what a quantised T5 silently leaves out; the heads must stay as they are."""
     model = qlora.add_adapters(qlora.quantise(T5ForConditionalGeneration(config(gated)).to(torch.bfloat16)), settings())
     quantised = {name for name, module in model.named_modules() if qlora.is_quantised(module) and name.endswith("base_layer")}
     with_adapter = {name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("lora_A.default")}
     expected = LAYERS - {"wi"} | {"wi_0", "wi_1"} if gated else LAYERS
-    with_adapter.remove("base_model.model.lm_head")  # has one, and is not quantised
     assert {name.split(".")[-1] for name in with_adapter} == expected
     feed_forward = 3 if gated else 2
     assert len(with_adapter) == 2 * (4 + feed_forward) + 2 * (8 + feed_forward)  # blocks of the encoder, blocks of the decoder
     assert {name.removesuffix(".base_layer") for name in quantised} == with_adapter
+    assert isinstance(model.get_base_model().lm_head, nn.Linear)
+    assert not qlora.is_quantised(model.get_base_model().lm_head)
 
 
 def test_the_stacks_share_one_adapter_of_their_embeddings(base_folder):
@@ -207,7 +209,7 @@ def test_merged_model_is_stock_and_predicts_the_same(base_folder, tmp_path, chan
     assert type(stock).__module__.startswith("transformers.")
     assert stock.dtype == torch.bfloat16
     assert torch.equal(stock.encoder.embed_tokens.weight, stock.decoder.embed_tokens.weight)
-    assert not stock.config.scale_decoder_outputs  # which stock takes from "tied": the output layer has an adapter of its own
+    assert not stock.config.scale_decoder_outputs  # the output layer keeps what the embeddings were before they had an adapter
     expected, found = logits(model, data), logits(stock, data)
     assert torch.equal(expected.argmax(-1), found.argmax(-1))
     distance = (expected.softmax(-1) - found.softmax(-1)).abs().max()
