@@ -154,6 +154,7 @@ class FinetuningSettings(TrainingSettings):
     optimizer: str = "adamw"  # adapters start at zero: a step relative to their size would not move them
     full_optimizer: str = "adamw_rms_scaled"  # of method full, and of the control from random initialisation
     full_learning_rate: float = 1e-2
+    full_max_epochs: float | None = None  # None: as many as adapters take
     dropout_rate: float = 0.1
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -168,13 +169,18 @@ class FinetuningSettings(TrainingSettings):
         super().__post_init__()
         require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
         require(self.full_learning_rate > 0, "full_learning_rate must be positive")
+        require(self.full_max_epochs is None or self.full_max_epochs > 0, "full_max_epochs must be positive")
         require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")
         require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")
 
     def with_method(self, method: str) -> "FinetuningSettings":
-        """The same run by another method, with the optimizer that suits it."""
-        changes = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate} if method == "full" else {}
-        return replace(self, method=method, **changes)
+        """The same run by another method, with the optimizer, rate and epochs that suit it."""
+        if method != "full":
+            return replace(self, method=method)
+        own = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate}
+        if self.full_max_epochs is not None:  # taken once, so that what comes after, such as more epochs of fewer labels, stays
+            own |= {"max_epochs": self.full_max_epochs, "full_max_epochs": None}
+        return replace(self, method=method, **own)
 
     def for_random_start(self) -> "FinetuningSettings":
         """The same run of all weights from random ones, at one rate: a lower one for embeddings saves only what pre-training taught."""
