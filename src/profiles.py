@@ -85,7 +85,7 @@ PROFILES = {
             precision="fp32",  # in bf16 a model this small learns which events are good or bad news some hundred steps later
         ),
         classification=FinetuningSettings(
-            learning_rate=3e-3,
+            learning_rate=1.5e-3,
             full_learning_rate=3e-2,
             dropout_rate=0.0,
             inputs_length=256,
