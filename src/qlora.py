@@ -289,8 +289,5 @@ def part_of(name: str, parameter: nn.Parameter) -> str:
     if getattr(parameter, "quant_state", None) is not None:
         return "4-bit linear layers"
     bits = parameter.element_size() * 8
-    return (
-        f"{bits}-bit linear layers"
-        if parameter.dim() == 2 and "embed" not in name and "shared" not in name
-        else f"{bits}-bit embeddings, norms"
-    )
+    is_linear = parameter.dim() == 2 and not any(table in name for table in ("shared", "embed", "relative_attention_bias"))
+    return f"{bits}-bit linear layers" if is_linear else f"{bits}-bit embeddings, norms"
