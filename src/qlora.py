@@ -128,8 +128,8 @@ def add_adapters(model: PreTrainedModel, settings: FinetuningSettings) -> PeftMo
 
     W' = W + scale * B A with A (rank, in) random and B (out, rank) zero, so training starts at the base (arXiv 2106.09685, eq. 3);
     scale = alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), alpha / rank without. The head, if any, is trained in full.
-    Encoder and decoder read one table of embeddings, so they share its adapter. In so small a model the table is half of all weights:
-    frozen, it costs more than the 4 bits do.
+    Encoder and decoder read one table of embeddings, so they share its adapter. In so small a model the table is a large share of the
+    weights, and frozen it costs more than the 4 bits do.
     """
     tables = embedding_tables(model)
     config = LoraConfig(
