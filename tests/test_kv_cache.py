@@ -10,6 +10,7 @@ from transformers import T5Config
 
 from src.kv_cache import CACHE_KINDS, Buffer, CacheError
 from src.modeling_t5 import T5ForConditionalGeneration
+from src.qlora import quiet_peft
 from src.slim_attention import effective_weight, key_to_value
 
 V10 = {"feed_forward_proj": "relu"}
@@ -218,7 +219,8 @@ def test_adapters_on_k_and_v_are_part_of_the_cache():
     _, ours = pair()
     ids, mask = prompts(20)
     before = ours.generate(ids, attention_mask=mask, max_new_tokens=8)
-    adapted = peft.get_peft_model(ours, peft.LoraConfig(r=4, target_modules=["q", "k", "v", "o", "wo"], init_lora_weights=False)).eval()
+    with quiet_peft():
+        adapted = peft.get_peft_model(ours, peft.LoraConfig(r=4, target_modules=["q", "k", "v", "o", "wo"], init_lora_weights=False)).eval()
     expected = adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, use_cache=False)
     assert not torch.equal(before, expected)
     for kind in CACHE_KINDS:
