@@ -47,9 +47,8 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def embedding_tables(model: nn.Module) -> list[str]:
-    """The stacks' token embeddings by full name, the encoder's first; they are one table, whichever stack reads it."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name.endswith("embed_tokens")]
-    return sorted(names, key=lambda name: "encoder" not in name)
+    """The stacks' token embeddings by full name; they are one table, whichever stack reads it."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name.endswith("embed_tokens")]
 
 
 def block_size(in_features: int) -> int:

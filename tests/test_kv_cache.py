@@ -2,6 +2,7 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
@@ -215,7 +216,6 @@ def test_projections_that_are_not_square_use_x():
 
 def test_adapters_on_k_and_v_are_part_of_the_cache():
     """Breaks when a slim cache multiplies by the base weight and forgets the adapter that is active on it."""
-    peft = pytest.importorskip("peft")
     _, ours = pair()
     ids, mask = prompts(20)
     before = ours.generate(ids, attention_mask=mask, max_new_tokens=8)
