@@ -92,10 +92,17 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
 
 
 def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One column a comparison: scores of the models, best first, and the paired differences between them; "–" where one was not judged."""
+    """One column a comparison: scores of the models, and the paired differences between them; "–" where one was not judged.
+
+    The least behind the best stands first: by mean score, a model that was judged only where all score high would lead.
+    """
     scores = [{model["name"]: model for model in record["models"]} for record in records.values()]
-    names = list(dict.fromkeys(name for models in scores for name in models))
-    names.sort(key=lambda name: -mean(models[name]["macro_f1"] for models in scores if name in models))
+    best = [max(model["macro_f1"] for model in models.values()) for models in scores]
+
+    def behind(name: str) -> float:
+        return mean(top - models[name]["macro_f1"] for top, models in zip(best, scores, strict=True) if name in models)
+
+    names = sorted(dict.fromkeys(name for models in scores for name in models), key=behind)
     paired = [{(pair["first"], pair["second"]): pair for pair in record["comparisons"]} for record in records.values()]
     pairs = [(first, second) for first in names for second in names if any((first, second) in found for found in paired)]
     rows = [[name, *(score(models.get(name)) for models in scores)] for name in names]

@@ -52,25 +52,25 @@ def test_results_become_tables(tmp_path, monkeypatch):
 
 
 def test_comparisons_share_a_table(tmp_path, monkeypatch):
-    """A model that one of them lacks would leave its figures under another's name."""
+    """A model that one of them lacks would leave its figures under another's name, or lead because it was judged on the easier one."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     pair = {"first": "head", "second": "svm", "accuracy_difference": 0.0625, "accuracy_difference_ci95": [-0.01, 0.125]}
-    for name, scores in {"tweets": {"svm": 0.7, "lora": 0.9, "head": 0.75}, "news": {"head": 0.5, "svm": 0.25}}.items():
+    for name, scores in {"tweets": {"svm": 0.7, "lora": 0.72, "head": 0.75}, "news": {"head": 0.5, "svm": 0.25}}.items():
         models = [{"name": model, "accuracy": 0.625, "macro_f1": score} for model, score in scores.items()]
         others = [pair | {"first": model} for model in scores if model != "svm"]
         (tmp_path / f"results/{name}.json").write_text(json.dumps({"models": models, "comparisons": others}))
     assert readme.render("<!-- results tweets news -->\n<!-- end -->").splitlines()[1:-1] == [
         "| accuracy / macro-F1 | tweets | news |",
         "|---|---:|---:|",
-        "| lora | 0.625 / 0.900 | – |",
         "| head | 0.625 / 0.750 | 0.625 / 0.500 |",
+        "| lora | 0.625 / 0.720 | – |",
         "| svm | 0.625 / 0.700 | 0.625 / 0.250 |",
         "",
         "| difference of accuracy, 95 % | tweets | news |",
         "|---|---:|---:|",
-        "| lora over svm | +0.062, -0.010 to +0.125 | – |",
         "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
+        "| lora over svm | +0.062, -0.010 to +0.125 | – |",
     ]
 
 
