@@ -1,17 +1,20 @@
 """What a model must beat: the majority class, a finance word list, TF-IDF with a linear support vector machine.
 
-All three return the predictions frame of `src.evaluation`, on the same rows as the fine-tuned models. They take seconds,
-know nothing of word order beyond pairs, and the last is a strong opponent on short news: a T5 that does not beat it was not
-worth training. The fourth control, the same T5 from random initialisation, is a run of `src.finetuning`.
+All return the predictions frame of `src.evaluation`, on the same rows as the fine-tuned models. They take seconds,
+know nothing of word order beyond pairs, and TF-IDF is a strong opponent on short news: a T5 that does not beat it was not
+worth training. With the word list's counts beside its own it knows something that no training row told it, as a pre-trained
+model does. The other control, the same T5 from random initialisation, is a run of `src.finetuning`.
 """
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 
 from src.evaluation import predictions_frame
@@ -63,34 +66,48 @@ def word_list(test: pd.DataFrame, fold: int = 0) -> pd.DataFrame:
 
     The probabilities are those of counts with one added to each class and two to neutral, so a draw falls to neutral.
     """
-    bullish, bearish = stem_pattern(BULLISH_STEMS), stem_pattern(BEARISH_STEMS)
+    balance = polar_word_counts(test["text"]) @ (1, -1)  # (rows,)
     counts = np.ones((len(test), len(LABELS)))
-    for row, text in enumerate(test["text"]):
-        balance = len(bullish.findall(text)) - len(bearish.findall(text))
-        counts[row, LABEL_IDS["bullish"]] += max(balance, 0) * 2
-        counts[row, LABEL_IDS["bearish"]] += max(-balance, 0) * 2
-        counts[row, LABEL_IDS["neutral"]] += 1
+    counts[:, LABEL_IDS["bullish"]] += np.maximum(balance, 0) * 2
+    counts[:, LABEL_IDS["bearish"]] += np.maximum(-balance, 0) * 2
+    counts[:, LABEL_IDS["neutral"]] += 1
     return predictions_frame(test, counts / counts.sum(1, keepdims=True), "word_list", fold=fold)
 
 
-def tfidf_svm_pipeline(seed: int = 0) -> Pipeline:
+def polar_word_counts(texts: Iterable[str]) -> np.ndarray:
+    """How many bullish and how many bearish words each text holds: int64 (texts, 2)."""
+    bullish, bearish = stem_pattern(BULLISH_STEMS), stem_pattern(BEARISH_STEMS)
+    return np.array([(len(bullish.findall(text)), len(bearish.findall(text))) for text in texts], dtype=np.int64).reshape(-1, 2)
+
+
+def word_list_features(texts: Iterable[str]) -> np.ndarray:
+    """Of the size of a text's TF-IDF: both counts up to two, which of them leads, and whether there is none; float64 (texts, 5)."""
+    counts = polar_word_counts(texts)
+    bullish, bearish = counts.T
+    return np.column_stack([np.minimum(counts, 2) / 2, bullish > bearish, bearish > bullish, counts.sum(1) == 0])
+
+
+def tfidf_svm_pipeline(seed: int = 0, with_word_list: bool = False) -> Pipeline:
     """TF-IDF of word pairs and of characters inside words (2 to 5), one linear SVM per class against the rest."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[%$+-]")
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
-    return make_pipeline(make_union(words, characters), LinearSVC(C=1.0, class_weight="balanced", random_state=seed))
+    features = [words, characters] + ([FunctionTransformer(word_list_features)] if with_word_list else [])
+    return make_pipeline(make_union(*features), LinearSVC(C=1.0, class_weight="balanced", random_state=seed))
 
 
-def tfidf_svm(train: pd.DataFrame, test: pd.DataFrame, fold: int = 0, seed: int = 0) -> pd.DataFrame:
+def tfidf_svm(train: pd.DataFrame, test: pd.DataFrame, fold: int = 0, seed: int = 0, with_word_list: bool = False) -> pd.DataFrame:
     """TF-IDF + linear SVM fitted on `train`; the label is the SVM's own, the probabilities are Platt's.
 
     The sigmoid is fitted on five held-out parts of the training rows (fewer where a class is rare) and may call another
     label most probable than the SVM does: the SVM's label counts.
     """
     class_shares(train)
+    name = "tfidf_word_list_svm" if with_word_list else "tfidf_svm"
     parts = int(min(5, np.bincount(train["label"]).min()))
-    pipeline = tfidf_svm_pipeline(seed).fit(train["text"], train["label"])
+    pipeline = tfidf_svm_pipeline(seed, with_word_list).fit(train["text"], train["label"])
     labels = pipeline.predict(test["text"])
     if parts < 2:  # one row of a class cannot be held out: certainty is all that can be said
-        return predictions_frame(test, np.eye(len(LABELS))[labels], "tfidf_svm", fold=fold)
-    calibrated = CalibratedClassifierCV(tfidf_svm_pipeline(seed), cv=parts, ensemble=False).fit(train["text"], train["label"])
-    return predictions_frame(test, calibrated.predict_proba(test["text"]), "tfidf_svm", predictions=labels, fold=fold)
+        return predictions_frame(test, np.eye(len(LABELS))[labels], name, fold=fold)
+    pipeline = tfidf_svm_pipeline(seed, with_word_list)
+    calibrated = CalibratedClassifierCV(pipeline, cv=parts, ensemble=False).fit(train["text"], train["label"])
+    return predictions_frame(test, calibrated.predict_proba(test["text"]), name, predictions=labels, fold=fold)

@@ -29,9 +29,9 @@ from src.profiles import Settings, add_settings_options, artifacts_folder, parse
 from src.qlora import base_digest
 from src.sources import describe_source
 
-DEFAULT_MODELS = "majority,word_list,tfidf_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
+DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
-REFERENCES = ("tfidf_svm", "random_init")  # what every pre-trained model is compared with
+REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init")  # what every pre-trained model is compared with
 
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 

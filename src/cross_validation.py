@@ -64,6 +64,7 @@ BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] 
     "majority": baselines.majority,
     "word_list": lambda _, test, fold: baselines.word_list(test, fold),
     "tfidf_svm": baselines.tfidf_svm,
+    "tfidf_word_list_svm": functools.partial(baselines.tfidf_svm, with_word_list=True),
 }
 
 

@@ -51,6 +51,17 @@ def test_svm_sees_pairs_of_words_and_keeps_its_own_labels():
     assert (found[list(evaluation.PROBABILITY_COLUMNS)].to_numpy().argmax(1) != found["prediction"]).any()
 
 
+def test_svm_with_the_word_list_knows_words_that_it_was_not_trained_on():
+    """Its word list left out or cut loose from the texts, it would be TF-IDF under another name."""
+    verbs = {0: ("fell", "slid", "dropped"), 1: ("met", "moved", "spoke"), 2: ("rose", "gained", "climbed")}
+    train = labelled(*zip(*[(f"Firm{i} {verb}", label) for label in verbs for i, verb in enumerate(verbs[label] * 8)], strict=True))
+    test = labelled(["Kixsy plunged", "Kixsy talked", "Kixsy surged"], [0, 1, 2])
+    found = baselines.tfidf_svm(train, test, with_word_list=True)
+    assert found["prediction"].tolist() == [0, 1, 2]
+    assert found["model"].unique().tolist() == ["tfidf_word_list_svm"]
+    assert baselines.tfidf_svm(train, test)["prediction"].tolist() != [0, 1, 2]
+
+
 def test_a_class_without_training_text_is_named():
     """scikit-learn would fit two classes and shift every label id after the gap."""
     with pytest.raises(baselines.BaselineError, match="no neutral text"):

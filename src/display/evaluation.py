@@ -20,7 +20,7 @@ from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_t
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
-BASELINES = ("majority", "word_list", "tfidf_svm")
+BASELINES = ("majority", "word_list", "tfidf_svm", "tfidf_word_list_svm")
 
 
 def colour_of(model: str) -> str:
