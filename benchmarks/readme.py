@@ -62,9 +62,10 @@ def words(key: str) -> str:
 
 
 def scalars_table(result: Mapping[str, Any]) -> list[str]:
-    """Two columns: the result's single values."""
+    """Two columns: the result's single values, if there are any."""
     rows = [(key, value) for key, value in result.items() if not isinstance(value, Mapping | list)]
-    return ["| | |", "|---|---:|", *(f"| {words(key)} | {'not reached' if value is None else number(value)} |" for key, value in rows)]
+    lines = [f"| {words(key)} | {'not reached' if value is None else number(value)} |" for key, value in rows]
+    return ["| | |", "|---|---:|", *lines] if lines else []
 
 
 def cases_table(result: Mapping[str, Any]) -> list[str]:
