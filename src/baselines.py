@@ -108,6 +108,5 @@ def tfidf_svm(train: pd.DataFrame, test: pd.DataFrame, fold: int = 0, seed: int 
     labels = pipeline.predict(test["text"])
     if parts < 2:  # one row of a class cannot be held out: certainty is all that can be said
         return predictions_frame(test, np.eye(len(LABELS))[labels], name, fold=fold)
-    pipeline = tfidf_svm_pipeline(seed, with_word_list)
     calibrated = CalibratedClassifierCV(pipeline, cv=parts, ensemble=False).fit(train["text"], train["label"])
     return predictions_frame(test, calibrated.predict_proba(test["text"]), name, predictions=labels, fold=fold)
