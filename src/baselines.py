@@ -6,8 +6,9 @@ worth training. With the word list's counts beside its own it knows something th
 model does. The other control, the same T5 from random initialisation, is a run of `src.finetuning`.
 """
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -110,3 +111,12 @@ def tfidf_svm(train: pd.DataFrame, test: pd.DataFrame, fold: int = 0, seed: int 
         return predictions_frame(test, np.eye(len(LABELS))[labels], name, fold=fold)
     calibrated = CalibratedClassifierCV(pipeline, cv=parts, ensemble=False).fit(train["text"], train["label"])
     return predictions_frame(test, calibrated.predict_proba(test["text"]), name, predictions=labels, fold=fold)
+
+
+# By the name that tables show; each takes the training rows, the rows to judge and the number of the fold.
+BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] = {
+    "majority": majority,
+    "word_list": lambda _, test, fold: word_list(test, fold),
+    "tfidf_svm": tfidf_svm,
+    "tfidf_word_list_svm": functools.partial(tfidf_svm, with_word_list=True),
+}

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from src.artifacts import data_digest, installed_versions, open_artifact, published_command
-from src.cross_validation import BASELINES, CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
+from src.baselines import BASELINES
+from src.cross_validation import CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without

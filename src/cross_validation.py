@@ -23,9 +23,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from src import baselines
 from src.adaptation import adapted_checkpoint
 from src.artifacts import code_digest
+from src.baselines import BASELINES
 from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
@@ -59,12 +59,6 @@ CONTESTANTS = {
     **{model_name(task, method): Contestant(task, method) for task in MODEL_NAMES for method in METHODS},
     **{model_name(task, "full", True): Contestant(task, "full", random_init=True) for task in MODEL_NAMES},
     **{f"{model_name(task, method)}_adapted": Contestant(task, method, adapted=True) for task in MODEL_NAMES for method in METHODS},
-}
-BASELINES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, int], pd.DataFrame]] = {
-    "majority": baselines.majority,
-    "word_list": lambda _, test, fold: baselines.word_list(test, fold),
-    "tfidf_svm": baselines.tfidf_svm,
-    "tfidf_word_list_svm": functools.partial(baselines.tfidf_svm, with_word_list=True),
 }
 
 

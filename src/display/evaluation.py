@@ -15,12 +15,12 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
+from src.baselines import BASELINES
 from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
 from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_temperature
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
-BASELINES = ("majority", "word_list", "tfidf_svm", "tfidf_word_list_svm")
 
 
 def colour_of(model: str) -> str:
