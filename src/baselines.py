@@ -7,7 +7,6 @@ model does. The other control, the same T5 from random initialisation, is a run 
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -20,25 +19,7 @@ from sklearn.svm import LinearSVC
 
 from src.evaluation import predictions_frame
 from src.labels import LABEL_IDS, LABELS
-
-BULLISH_STEMS = (
-    "advanc accelerat award beat beats best better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew"
-    " grow growth higher highest improv increas jump lift milestone outperform overweight positive profit rallie rally rebound"
-    " record recover rise rises rising robust rose soar solid strength strong success surge surging surpass topped tops up upbeat"
-    " upgrad upside win wins won"
-)
-BEARISH_STEMS = (
-    "bankrupt bearish closure concern crash cut cuts declin decreas deficit delay deteriorat dip dipped disappoint down downgrad"
-    " downturn drop fail fall fear fell fraud halt hurt investigation lawsuit layoff lose loses losing loss lost low missed misses"
-    " negativ plummet plung probe recall recession risk sank shrank shrink sink slash slid slide slow slump struggl suspend tumbl"
-    " underperform underweight warn weak worse worst"
-)
-
-
-def stem_pattern(stems: str) -> re.Pattern[str]:
-    """Matches words that start with a stem; stems of two or three letters stand for themselves and -s, -er, -est."""
-    endings = (stem + (r"(?:s|er|est)?\b" if len(stem) < 4 else r"\w*") for stem in stems.split())
-    return re.compile(r"\b(?:" + "|".join(endings) + ")", re.IGNORECASE)
+from src.word_list import polar_word_counts
 
 
 class BaselineError(ValueError):
@@ -73,12 +54,6 @@ def word_list(test: pd.DataFrame, fold: int = 0) -> pd.DataFrame:
     counts[:, LABEL_IDS["bearish"]] += np.maximum(-balance, 0) * 2
     counts[:, LABEL_IDS["neutral"]] += 1
     return predictions_frame(test, counts / counts.sum(1, keepdims=True), "word_list", fold=fold)
-
-
-def polar_word_counts(texts: Iterable[str]) -> np.ndarray:
-    """How many bullish and how many bearish words each text holds: int64 (texts, 2)."""
-    bullish, bearish = stem_pattern(BULLISH_STEMS), stem_pattern(BEARISH_STEMS)
-    return np.array([(len(bullish.findall(text)), len(bearish.findall(text))) for text in texts], dtype=np.int64).reshape(-1, 2)
 
 
 def word_list_features(texts: Iterable[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from src.config import FinetuningSettings, PretrainingSettings
+from src.distant_supervision import LabelledSentences, SentencePairs
 from src.labels import LABELS, TASK_PREFIX
 from src.packing import IGNORED, Packing, PackingError, best_fit_pack, concatenate_pack, fill_row
 from src.span_corruption import (
@@ -94,14 +95,21 @@ class PretrainingBatches:
     `packing="concatenate"`, windows are cut from the stream of all documents and each fills a row alone.
 
     Args:
+        sentences: a second task, mixed in so that it is `settings.labelled_share` of the input tokens; None: span corruption alone.
         rows: packed rows in one micro-batch.
         shuffle: new order of rows in each epoch; False keeps the packer's order.
     """
 
     def __init__(
-        self, documents: Documents, tokenizer: Any, settings: PretrainingSettings, rows: int | None = None, shuffle: bool = True
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        settings: PretrainingSettings,
+        rows: int | None = None,
+        shuffle: bool = True,
+        sentences: LabelledSentences | None = None,
     ) -> None:
-        self.documents, self.settings, self.shuffle = documents, settings, shuffle
+        self.documents, self.settings, self.shuffle, self.sentences = documents, settings, shuffle, sentences
         self.rows = rows or settings.rows_per_micro_batch
         self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.first_sentinel_id, self.num_sentinels = sentinel_range(tokenizer)
@@ -127,7 +135,7 @@ class PretrainingBatches:
         return [document, start, np.where(has_rest & (number == rest_at), rest, self.window)]
 
     def epoch(self, epoch: int) -> PackedEpoch:
-        """Plan one epoch: windows, their corrupted lengths, rows."""
+        """Plan one epoch: windows, their corrupted lengths, rows. Labelled sentences are numbered behind the windows."""
         document, start, lengths = self.windows(epoch)
         stream = concatenate_pack(self.documents.lengths, self.window) if self.settings.packing == "concatenate" else None
         if stream is not None:
@@ -135,10 +143,15 @@ class PretrainingBatches:
         if not len(lengths):
             raise PackingError(f"{len(self.documents)} document(s) hold no text to mask: give more or longer documents")
         input_lengths, target_lengths = corrupted_lengths(lengths, *self.noise)
+        pairs = self.labelled_pairs(epoch, int(input_lengths.sum()))
+        if pairs is not None:
+            input_lengths, target_lengths = map(np.concatenate, zip((input_lengths, target_lengths), pairs.lengths, strict=True))
         row_lengths = (self.settings.inputs_length, self.settings.targets_length)
         packing = best_fit_pack(input_lengths, target_lengths, *row_lengths, epoch_rng(self.settings.seed, epoch, self.shuffle))
 
         def read(window: int) -> Pair:
+            if window >= len(lengths):
+                return pairs[window - len(lengths)]
             if stream is not None:
                 return self.corrupted(epoch, window, self._concatenated(stream[window]))
             token_ids = self.documents[int(document[window])][start[window] : start[window] + lengths[window]]
@@ -146,6 +159,13 @@ class PretrainingBatches:
 
         collate = functools.partial(collate_pairs, read=read, row_lengths=row_lengths, pad_id=self.pad_id)
         return PackedEpoch(packing, self.rows, row_sums(packing, target_lengths), collate)
+
+    def labelled_pairs(self, epoch: int, tokens: int) -> SentencePairs | None:
+        """The labelled sentences that go with `tokens` of corrupted text: a pure function of (seed, epoch)."""
+        if self.sentences is None or not self.settings.labelled_share:
+            return None
+        share = self.settings.labelled_share
+        return self.sentences.draw(tokens * share / (1 - share), np.random.default_rng((self.settings.seed, epoch, 1)))
 
     def corrupted(self, epoch: int, window: int, token_ids: np.ndarray) -> Pair:
         """Inputs and targets of one window: a pure function of (seed, epoch, window)."""

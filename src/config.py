@@ -135,6 +135,7 @@ class PretrainingSettings(TrainingSettings):
     packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
+    labelled_share: float = 0.0  # of an epoch's input tokens: sentences that a word list labels (src.distant_supervision)
     validation_rows: int = 256  # packed rows that one evaluation reads
 
     def __post_init__(self) -> None:
@@ -142,6 +143,8 @@ class PretrainingSettings(TrainingSettings):
         is_known = self.initialisation in ("informed", "t5") or "/" in self.initialisation
         require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, such as results/mini")
         require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
+        require(0 <= self.labelled_share < 1, "pretraining.labelled_share must lie in [0, 1)")
+        require(not self.labelled_share or self.packing == "best_fit", "pretraining.labelled_share needs pretraining.packing=best_fit")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
 

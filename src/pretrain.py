@@ -16,7 +16,7 @@ from src.artifacts import Artifact, open_artifact
 from src.collators import PretrainingBatches
 from src.initialisation import CheckpointStart, InformedStart
 from src.interruption import INTERRUPTED, TrainingInterrupted
-from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
+from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model, training_source
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 from src.training import TrainingResult, train
@@ -52,7 +52,8 @@ def run(settings: Settings) -> TrainingResult:
     inputs = [open_artifact(settings, name) for name in ("tokenizer", "pretraining_dataset")]
     tokenizer = load_tokenizer(inputs[0].path)
     documents = {split: TokenizedDocuments.load(inputs[1].path, split) for split in ("train", "validation")}
-    train_source, validation_source = (PretrainingBatches(documents[split], tokenizer, settings.pretraining) for split in documents)
+    train_source = training_source(documents["train"], tokenizer, settings.pretraining)
+    validation_source = PretrainingBatches(documents["validation"], tokenizer, settings.pretraining)
     model = new_model(settings.model, tokenizer, settings.pretraining.seed)
     start = first_weights(model, documents["train"], inputs[0].path, settings.pretraining)
     evaluate = SpanCorruptionEvaluation(validation_source, tokenizer, settings.pretraining.validation_rows)

@@ -23,7 +23,10 @@ from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.collators import Documents, PackedEpoch, PretrainingBatches, sentinel_range
-from src.config import ModelSettings, PretrainingSettings
+from src.config import FinetuningSettings, ModelSettings, PretrainingSettings
+from src.distant_supervision import LabelledSentences
+from src.evaluation import predictions_frame
+from src.inference import label_likelihoods
 from src.initialisation import CheckpointStart, InformedStart
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import IGNORED
@@ -64,6 +67,25 @@ def first_weights(
     if settings.initialisation == "informed":
         return InformedStart(documents, model.config, settings.seed)
     return CheckpointStart(Path(settings.initialisation).expanduser(), tokenizer_folder, model.config)
+
+
+def training_source(documents: TokenizedDocuments, tokenizer: Any, settings: PretrainingSettings) -> PretrainingBatches:
+    """What the model trains on: span corruption, and labelled sentences of the same documents where the settings give them a share."""
+    sentences = LabelledSentences(documents, tokenizer) if settings.labelled_share else None
+    return PretrainingBatches(documents, tokenizer, settings, sentences=sentences)
+
+
+def judged_sentences(
+    model: nn.Module, tokenizer: Any, documents: TokenizedDocuments, settings: FinetuningSettings, tokens: int = 20_000
+) -> pd.DataFrame:
+    """Predictions of a model, fine-tuned on nothing, for sentences that the word list labels; the schema of `src.evaluation`.
+
+    Args:
+        documents: to take sentences from, about `tokens` long in all: ones that it was not trained on.
+        settings: of text to text.
+    """
+    rows = LabelledSentences(documents, tokenizer).draw(tokens, np.random.default_rng(settings.seed)).frame(tokenizer)
+    return predictions_frame(rows, label_likelihoods(model, tokenizer, rows["text"].tolist(), settings), "pre-trained")
 
 
 class SpanCorruptionEvaluation:
@@ -162,7 +184,7 @@ def compare_packing(documents: Documents, tokenizer: Any, settings: PretrainingS
     used = (inputs.mean() / settings.inputs_length, targets.mean() / settings.targets_length)
     table = {"padding, one text a row": (len(inputs), *used)}
     for name, packing in (("concatenation, texts mixed", "concatenate"), ("best fit, texts kept apart", "best_fit")):
-        plan = PretrainingBatches(documents, tokenizer, replace(settings, packing=packing)).epoch(0).packing
+        plan = PretrainingBatches(documents, tokenizer, replace(settings, packing=packing, labelled_share=0.0)).epoch(0).packing
         table[name] = (len(plan), plan.input_efficiency, plan.target_efficiency)
     columns = ("rows", "encoder positions used", "decoder positions used")
     return {name: dict(zip(columns, values, strict=True)) for name, values in table.items()}

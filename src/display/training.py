@@ -18,9 +18,11 @@ from matplotlib.ticker import LogLocator
 from torch import nn
 
 from src.attention import relative_position_bucket
-from src.display.data import table
+from src.display.data import changes_table, table
 from src.display.style import ACCENT, GRID, INK, Table, finished, plain_axes
+from src.distant_supervision import LabelledSentences
 from src.initialisation import CheckpointStart, InformedStart
+from src.labels import LABELS
 from src.tokenizer import WORD_START
 
 SCREEN_DPI = 72  # keeps a notebook of several figures small
@@ -65,6 +67,16 @@ def corrupted_example(token_ids: np.ndarray, mask: np.ndarray, inputs: np.ndarra
         body = token_spans(tokenizer.convert_ids_to_tokens(ids.tolist()), colours)
         cells.append(f'<td style="vertical-align:top;text-align:left;width:33%"><b>{title}</b> ({len(ids)} tokens)<br>{body}</td>')
     return HTML(f'<table style="{BOX};width:100%;table-layout:fixed"><tr>{"".join(cells)}</tr></table>')
+
+
+def labelled_sentences(sentences: LabelledSentences | None, tokenizer: Any, each: int = 3) -> HTML:
+    """Some sentences of each label, with the words that were taken out struck through."""
+    if sentences is None:
+        return HTML("none: <code>pretraining.labelled_share</code> is 0")
+    frame = sentences.draw(10**4, np.random.default_rng(0)).frame(tokenizer).groupby("label").head(each)
+    counts = np.bincount(sentences.labels, minlength=len(LABELS))
+    caption = "sentences that the word list labels: " + ", ".join(f"{count:,} {label}" for count, label in zip(counts, LABELS, strict=True))
+    return changes_table(zip((LABELS[label] for label in frame["label"]), frame["whole"], frame["text"], strict=True), caption)
 
 
 def packing_table(rows: Mapping[str, Mapping[str, float]]) -> Table:

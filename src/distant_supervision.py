@@ -1,0 +1,179 @@
+"""A second task for pre-training: sentences of the corpus, labelled by the good and bad words that they hold.
+
+Span corruption alone gives a model no reason to know good news from bad. Here a word list says which sentences are bullish, bearish or
+neutral, most of the words that say so are taken out, and the model learns to write the label from what is left: from all the other words
+that go with good and bad news, which no list holds. Labels by such a rule are *distant supervision* (Mintz et al. 2009, ACL P09-1113;
+of sentiment, by emoticons: Go, Bhayani and Huang 2009), mixed with span corruption as T5's multi-task pre-training does (arXiv 1910.10683,
+section 3.5.3). No human labelled anything, but the word list is knowledge that the corpus does not hold.
+
+    text     sales rose sharply in asia .      polar words   rose (bullish)
+    inputs   sentiment : sales sharply in asia . </s>      targets   bullish </s>
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
+from src.tokenizer import EOS_ID, WORD_START, TokenizedDocuments, encode_texts
+from src.word_list import may_begin_polar_word, word_polarity
+
+SHORTEST, LONGEST = 10, 80  # tokens of a sentence that is used
+REMOVED = 0.7  # of the polar words: some stay, so that they are learned too
+SENTENCE_ENDS = (".", "?", "!")
+
+
+class DistantSupervisionError(ValueError):
+    """A corpus in which the word list finds no sentence of some label."""
+
+
+class Pieces:
+    """What each piece of a vocabulary says about words and sentences, as arrays of bool or int8 (vocab_size,)."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.letters = [piece.removeprefix(WORD_START).lower() for piece in pieces]
+        self.starts_word = np.array([piece.startswith(WORD_START) for piece in pieces])
+        self.is_word = np.array([letters.isalpha() for letters in self.letters])
+        self.is_letter = self.is_word & np.array([len(letters) == 1 for letters in self.letters])
+        self.ends_sentence = np.array([piece.removeprefix(WORD_START) in SENTENCE_ENDS for piece in pieces])
+        self.may_begin = self.is_word & np.array([may_begin_polar_word(letters) for letters in self.letters])
+        self.polarity = np.array([word_polarity(letters) for letters in self.letters], dtype=np.int8)
+
+
+@dataclass(frozen=True)
+class SentencePairs:
+    """Drawn sentences as (inputs, targets): `pairs[i]`, and the lengths that packing needs."""
+
+    sentences: "LabelledSentences"
+    chosen: np.ndarray  # int64 (pairs,): which sentences
+    removed: np.ndarray  # bool (polar words of the corpus,)
+
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the inputs and of the targets, eos included: two int64 (pairs,)."""
+        words = self.sentences
+        gone = np.concatenate(([0], np.cumsum(words.word_lengths * self.removed)))[words.word_offsets]
+        inputs = len(words.prefix) + words.lengths - np.diff(gone) + 1
+        targets = np.array([len(label) for label in words.label_words])
+        return inputs[self.chosen], targets[words.labels[self.chosen]]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        words, number = self.sentences, self.chosen[index]
+        start, length = words.starts[number], words.lengths[number]
+        kept = np.ones(length, dtype=bool)
+        for word in range(words.word_offsets[number], words.word_offsets[number + 1]):
+            if self.removed[word]:
+                begin = words.word_starts[word] - start
+                kept[begin : begin + words.word_lengths[word]] = False
+        text = words.tokens[start : start + length][kept].astype(np.int64)
+        return np.concatenate((words.prefix, text, [EOS_ID])), words.label_words[words.labels[number]]
+
+    def frame(self, tokenizer: Any) -> pd.DataFrame:
+        """Columns `text_id`, `label`, `text` (what is left of a sentence) and `whole`, a row a pair."""
+        words = self.sentences
+        spans = [words.tokens[words.starts[number] : words.starts[number] + words.lengths[number]] for number in self.chosen]
+        rows = {
+            "text_id": [f"sentence-{number}" for number in self.chosen],
+            "label": words.labels[self.chosen],
+            "text": tokenizer.batch_decode([self[index][0][len(words.prefix) : -1] for index in range(len(self))]),
+            "whole": tokenizer.batch_decode(spans),
+        }
+        return pd.DataFrame(rows)
+
+
+class LabelledSentences:
+    """The sentences of a corpus of `SHORTEST` to `LONGEST` tokens on which the word list is of one mind.
+
+    One with more bullish than bearish words is bullish, with more bearish ones bearish, without either neutral; others are left out.
+
+    Args:
+        documents: of the corpus.
+        tokenizer: that their ids are of.
+
+    Attributes:
+        starts, lengths, labels: int64 (sentences,): where each lies in `documents.tokens`, and its index into `LABELS`.
+        word_starts, word_lengths: int64 (polar words,), in order; those of sentence i are `word_offsets[i] : word_offsets[i + 1]`.
+    """
+
+    def __init__(self, documents: TokenizedDocuments, tokenizer: Any) -> None:
+        self.tokens = documents.tokens
+        self.prefix = np.array(encode_texts(tokenizer, [TASK_PREFIX])[0])
+        self.label_words = [np.array(ids) for ids in encode_texts(tokenizer, list(LABELS), add_eos=True)]
+        words = Words(np.asarray(self.tokens), Pieces(tokenizer))
+        bounds = np.union1d(words.sentence_starts(), documents.offsets)  # (sentences + 1,)
+        polar, polarity = words.polar()
+        inside = np.searchsorted(polar, bounds)  # (sentences + 1,)
+        balance = np.diff(np.concatenate(([0], np.cumsum(polarity)))[inside])  # (sentences,)
+        counts, lengths = np.diff(inside), np.diff(bounds)
+        used = (lengths >= SHORTEST) & (lengths <= LONGEST) & ((counts == 0) | (balance != 0))
+        self.starts, self.lengths = bounds[:-1][used], lengths[used]
+        self.labels = np.select([balance[used] > 0, balance[used] < 0], [LABEL_IDS["bullish"], LABEL_IDS["bearish"]], LABEL_IDS["neutral"])
+        self.word_starts = polar[inside[0] : inside[-1]][np.repeat(used, counts)]
+        self.word_lengths = words.lengths(self.word_starts)
+        self.word_offsets = np.concatenate(([0], np.cumsum(counts[used])))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def draw(self, tokens: float, rng: np.random.Generator) -> SentencePairs:
+        """As many sentences of each label, their inputs about `tokens` long in all, or fewer where a label has no more.
+
+        Raises:
+            DistantSupervisionError: a label has no sentence.
+        """
+        by_label = [np.flatnonzero(self.labels == label) for label in range(len(LABELS))]
+        for label, numbers in zip(LABELS, by_label, strict=True):
+            if not len(numbers):
+                raise DistantSupervisionError(
+                    f"the word list finds no {label} sentence in the corpus: set pretraining.labelled_share=0 or read more documents"
+                )
+        every = SentencePairs(self, np.arange(len(self)), rng.random(len(self.word_starts)) < REMOVED)
+        lengths = every.lengths[0]
+        per_label = min(int(tokens / sum(lengths[numbers].mean() for numbers in by_label)), *map(len, by_label))
+        return replace(every, chosen=np.concatenate([rng.permutation(numbers)[:per_label] for numbers in by_label]))
+
+
+class Words:
+    """The words of a text: each a piece of letters and the pieces of letters that go on without a space.
+
+    Args:
+        tokens: uint16 (tokens,).
+        pieces: of the vocabulary.
+    """
+
+    def __init__(self, tokens: np.ndarray, pieces: Pieces) -> None:
+        self.tokens, self.pieces = tokens, pieces
+        is_word = pieces.is_word[tokens]
+        goes_on = np.zeros(len(tokens) + 1, dtype=bool)  # the token is inside a word; one past the end is not
+        goes_on[1:-1] = is_word[1:] & is_word[:-1] & ~pieces.starts_word[tokens[1:]]
+        self.begins = is_word & ~goes_on[:-1]  # bool (tokens,)
+        self.stops = np.flatnonzero(~goes_on)  # where a token goes no word on
+
+    def lengths(self, starts: np.ndarray) -> np.ndarray:
+        """Tokens of the words that begin at `starts`: int64 (words,)."""
+        return self.stops[np.searchsorted(self.stops, starts, side="right")] - starts
+
+    def sentence_starts(self) -> np.ndarray:
+        """Where a word follows the end of a sentence: int64 (starts,). A dot behind a single letter ends none, as in u.s."""
+        before, end, after = self.tokens[:-2], self.tokens[1:-1], self.tokens[2:]
+        initial = self.begins[:-2] & self.pieces.is_letter[before]
+        return np.flatnonzero(self.pieces.ends_sentence[end] & self.pieces.starts_word[after] & ~initial) + 2
+
+    def polar(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where words of the list begin, in order, int64 (polar words,), and their polarity, int8."""
+        starts = np.flatnonzero(self.begins & self.pieces.may_begin[self.tokens])
+        lengths = self.lengths(starts)
+        polarity = self.pieces.polarity[self.tokens[starts]]  # of words of one piece
+        known: dict[bytes, int] = {}
+        for word in np.flatnonzero(lengths > 1):
+            ids = self.tokens[starts[word] : starts[word] + lengths[word]]
+            if (key := ids.tobytes()) not in known:
+                known[key] = word_polarity("".join(self.pieces.letters[token] for token in ids))
+            polarity[word] = known[key]
+        return starts[polarity != 0], polarity[polarity != 0]

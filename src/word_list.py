@@ -1,0 +1,47 @@
+"""A finance word list: stems of words that make news good or bad.
+
+It is our own, a page of common words, and short of what a lexicon holds (Loughran and McDonald 2011). Two things read it: the baselines,
+and distant supervision, which labels sentences of the corpus by it.
+"""
+
+import functools
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+BULLISH_STEMS = (
+    "advanc accelerat award beat beats best better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew"
+    " grow growth higher highest improv increas jump lift milestone outperform overweight positive profit rallie rally rebound"
+    " record recover rise rises rising robust rose soar solid strength strong success surge surging surpass topped tops up upbeat"
+    " upgrad upside win wins won"
+)
+BEARISH_STEMS = (
+    "bankrupt bearish closure concern crash cut cuts declin decreas deficit delay deteriorat dip dipped disappoint down downgrad"
+    " downturn drop fail fall fear fell fraud halt hurt investigation lawsuit layoff lose loses losing loss lost low missed misses"
+    " negativ plummet plung probe recall recession risk sank shrank shrink sink slash slid slide slow slump struggl suspend tumbl"
+    " underperform underweight warn weak worse worst"
+)
+
+
+@functools.cache
+def stem_pattern(stems: str) -> re.Pattern[str]:
+    """Matches words that start with a stem; stems of two or three letters stand for themselves and -s, -er, -est."""
+    endings = (stem + (r"(?:s|er|est)?\b" if len(stem) < 4 else r"\w*") for stem in stems.split())
+    return re.compile(r"\b(?:" + "|".join(endings) + ")", re.IGNORECASE)
+
+
+def polar_word_counts(texts: Iterable[str]) -> np.ndarray:
+    """How many bullish and how many bearish words each text holds: int64 (texts, 2)."""
+    bullish, bearish = stem_pattern(BULLISH_STEMS), stem_pattern(BEARISH_STEMS)
+    return np.array([(len(bullish.findall(text)), len(bearish.findall(text))) for text in texts], dtype=np.int64).reshape(-1, 2)
+
+
+def word_polarity(word: str) -> int:
+    """1 for a bullish word, -1 for a bearish one, else 0."""
+    return bool(stem_pattern(BULLISH_STEMS).match(word)) - bool(stem_pattern(BEARISH_STEMS).match(word))
+
+
+def may_begin_polar_word(letters: str) -> bool:
+    """Whether a polar word can begin with these letters: then they begin a stem or a stem begins them."""
+    return any(stem.startswith(letters) or letters.startswith(stem) for stem in (BULLISH_STEMS + " " + BEARISH_STEMS).split())
