@@ -41,15 +41,18 @@ def sentences(texts, tokenizer):
 def test_sentences_of_a_worked_text(tokenizer):
     """Cuts at dots inside numbers and abbreviations, or across documents, would give halves of sentences the label of the whole."""
     documents = [
-        "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group lost money again in April! It met.",
+        "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group lost money again in April! It met."
+        " Its board will meet in June",
         "Costs fell but sales rose at the group in the quarter. The group will meet its lenders on Monday at noon",
     ]
     found = LabelledSentences(tokenized(documents, tokenizer), tokenizer)
-    pairs = found.draw(10_000, np.random.default_rng(0)).frame(tokenizer).set_index("label")["whole"]
-    assert pairs[LABEL_IDS["bullish"]] == "in asia sales of the group rose 4.5 percent in march."
-    assert pairs[LABEL_IDS["bearish"]] == "the u.s. unit of the group lost money again in april!"
-    assert pairs[LABEL_IDS["neutral"]] == "the group will meet its lenders on monday at noon"
-    assert len(found) == 3  # one is too short, and one both good and bad
+    whole = [tokenizer.decode(found.tokens[start : start + length]) for start, length in zip(found.starts, found.lengths, strict=True)]
+    assert list(zip(whole, found.labels, strict=True)) == [  # without one that is too short and one both good and bad
+        ("in asia sales of the group rose 4.5 percent in march.", LABEL_IDS["bullish"]),
+        ("the u.s. unit of the group lost money again in april!", LABEL_IDS["bearish"]),
+        ("its board will meet in june", LABEL_IDS["neutral"]),
+        ("the group will meet its lenders on monday at noon", LABEL_IDS["neutral"]),
+    ]
 
 
 def test_labels_are_those_of_the_words_in_the_text(sentences, tokenizer):
@@ -111,9 +114,14 @@ def test_the_mixture_loses_nothing(sentences, texts, tokenizer):
     source = PretrainingBatches(documents, tokenizer, SETTINGS, sentences=sentences)
     windows = len(source.windows(1)[0])
     epoch, again, alone = source.epoch(1), source.epoch(1), PretrainingBatches(documents, tokenizer, SETTINGS).epoch(1)
-    assert sorted(epoch.rows_example_ids(0, epoch.num_rows)) == list(
-        range(windows + len(source.labelled_pairs(1, alone.packing.input_tokens)))
-    )
+    pairs = source.labelled_pairs(1, alone.packing.input_tokens)
+    assert sorted(epoch.rows_example_ids(0, epoch.num_rows)) == list(range(windows + len(pairs)))
+    row = next(row for row in range(epoch.num_rows) if max(epoch.rows_example_ids(row, row + 1)) >= windows)
+    for segment, example in enumerate(epoch.rows_example_ids(row, row + 1), 1):
+        if example >= windows:
+            batch = epoch.batch(row, row + 1)
+            assert batch["input_ids"][batch["encoder_segment_ids"] == segment].tolist() == pairs[example - windows][0].tolist()
+            assert batch["labels"][batch["decoder_segment_ids"] == segment].tolist() == pairs[example - windows][1].tolist()
     assert sorted(alone.rows_example_ids(0, alone.num_rows)) == list(range(windows))
     tokens = epoch.packing.input_tokens
     assert (tokens - alone.packing.input_tokens) / tokens == pytest.approx(SETTINGS.labelled_share, abs=0.02)

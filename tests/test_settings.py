@@ -32,6 +32,8 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"pretraining.rows_per_step": 17}, "multiple of rows_per_micro_batch"),
         ({"model.relative_attention_num_buckets": 7}, "even and at least 4"),
         ({"model.relative_attention_max_distance": 16}, "more than half the number of buckets"),
+        ({"pretraining.labelled_share": 1.0}, "lie in"),
+        ({"pretraining.labelled_share": 0.1, "pretraining.packing": "concatenate"}, "packing=best_fit"),
         ({"classification.method": "qlora8"}, "full, lora or qlora"),
         ({"corpus.max_documents": "many"}, "corpus.max_documents"),
     ],
