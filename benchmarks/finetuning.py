@@ -22,11 +22,12 @@ import torch
 from transformers import T5Config
 
 from benchmarks.device import DEVICE, synchronize
-from src.collators import ClassificationBatches, encode
+from src.collators import encode
 from src.config import FinetuningSettings
 from src.environment import device_name, keep_freed_memory
 from src.finetuned_checkpoints import load_base
 from src.finetuning import prepare_model
+from src.finetuning_batches import ClassificationBatches
 from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer

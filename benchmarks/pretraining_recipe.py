@@ -17,7 +17,6 @@ import transformers
 from benchmarks.device import DEVICE, synchronize
 from src import profiles
 from src.artifacts import open_artifact
-from src.collators import PretrainingBatches
 from src.compilation import compile_blocks
 from src.config import PretrainingSettings
 from src.environment import keep_freed_memory
@@ -26,6 +25,7 @@ from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.precision import autocast, precision_dtype
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
+from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 
 GOAL = 4.5  # nats per target token

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.collators import PretrainingBatches, encode
+from src.collators import encode
 from src.config import PretrainingSettings
 from src.finetuned_checkpoints import quiet_transformers
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.pretraining import SpanCorruptionEvaluation, save_checkpoint
+from src.pretraining_batches import PretrainingBatches
 from src.qlora import base_digest
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 from src.training import train

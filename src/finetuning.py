@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.collators import ClassificationBatches, TextToTextBatches
 from src.config import FinetuningSettings
 from src.evaluation import evaluate_predictions, predictions_frame
 from src.finetuned_checkpoints import FinetuningError, load_base, save_finetuned
+from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods
 from src.labels import LABELS
 from src.precision import frozen_dtype, precision_dtype

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.collators import Batch, ClassificationBatches, TextToTextBatches, encode
+from src.collators import Batch, encode
 from src.config import FinetuningSettings
 from src.evaluation import NO_LABEL
+from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.packing import fill_row
 from src.precision import autocast

@@ -13,10 +13,10 @@ from accelerate import PartialState
 from torch import nn
 
 from src.artifacts import Artifact, open_artifact
-from src.collators import PretrainingBatches
 from src.initialisation import CheckpointStart, InformedStart
 from src.interruption import INTERRUPTED, TrainingInterrupted
 from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model, training_source
+from src.pretraining_batches import PretrainingBatches
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 from src.training import TrainingResult, train

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from transformers import T5Config
 from transformers import T5ForConditionalGeneration as StockT5
 
-from src.collators import ClassificationBatches, PretrainingBatches, TextToTextBatches, sentinel_range
 from src.config import FinetuningSettings, PretrainingSettings
+from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import PackingError, best_fit_pack
+from src.pretraining_batches import PretrainingBatches, sentinel_range
 from src.sources import read_articles
 from src.span_corruption import SpanCorruptionError, corrupted_lengths, reconstruct, window_length
 from src.tokenizer import TokenizedDocuments, train_tokenizer

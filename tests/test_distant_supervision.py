@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from src.collators import PretrainingBatches
 from src.config import PretrainingSettings
 from src.distant_supervision import LONGEST, SHORTEST, DistantSupervisionError, LabelledSentences
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
+from src.pretraining_batches import PretrainingBatches
 from src.sources import read_articles
 from src.tokenizer import TokenizedDocuments, encode_texts, train_tokenizer
 from src.word_list import polar_word_counts

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from src.collators import PretrainingBatches
 from src.initialisation import (
     CheckpointStart,
     InformedStart,
@@ -15,6 +14,7 @@ from src.initialisation import (
     neighbourhood_vectors,
     positive_information,
 )
+from src.pretraining_batches import PretrainingBatches
 from src.t5_layers import T5Attention
 from src.tokenizer import MODEL_FILE, TokenizedDocuments
 from tests import tiny_run

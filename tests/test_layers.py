@@ -10,10 +10,10 @@ LAYERS = {
     1: "sources source_locations file_formats hub_datasets sample_data sample_newsroom sample_lexicon cleaning deduplication word_ngrams "
     "overlap splits tokenizer word_list span_corruption packing attention gpu_kernels fast_attention chunked_attention triton_attention "
     "triton_kernels triton_loss norm dropout fused_loss",
-    2: "pretraining_dataset finetuning_dataset distant_supervision collators t5_layers t5_stack modeling_t5 kv_cache "
-    "slim_attention slim_generation",
-    3: "initialisation optimizers compilation cuda_graphs gradients checkpoints interruption training_bar training pretraining qlora "
-    "inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation display",
+    2: "pretraining_dataset finetuning_dataset distant_supervision collators pretraining_batches finetuning_batches t5_layers "
+    "t5_stack modeling_t5 kv_cache slim_attention slim_generation",
+    3: "initialisation optimizers compilation cuda_graphs gradients checkpoints interruption training_bar training pretraining "
+    "inspection qlora inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation display",
     4: "predict pretrain compare pipeline",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

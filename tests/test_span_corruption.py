@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.pretraining import split_spans
+from src.inspection import split_spans
 from src.span_corruption import (
     SpanCorruptionError,
     corrupt,

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from src import checkpoints, training, verified_folders
 from src.checkpoints import LOG, OPTIMIZER, WEIGHTS, Checkpoints
-from src.collators import PretrainingBatches
 from src.config import ModelSettings, PretrainingSettings
 from src.pretraining import new_model
+from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments
 
 ROOT = Path(__file__).parent.parent
