@@ -1,4 +1,4 @@
-"""Keep a profile's pre-trained model under `results/`: `python -m benchmarks.publish mini`.
+"""Keep a profile's pre-trained model under `results/`: `python -m benchmarks.publish mini [NAME]`, by the profile's name or another.
 
 `results/mini/` is the checkpoint in bf16, half the size, with its log and figures; `results/pretrained_mini.json` says by which command,
 from which data and on which machine it was made. `python -m src.pipeline compare --base results/mini` starts from it.
@@ -44,8 +44,8 @@ def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
     return "make run " + " ".join(f"{name}={shlex.quote(str(value))}" for name, value in variables.items())
 
 
-def publish(profile: str) -> dict[str, Any]:
-    """Copy the artifact and write its record; returns the record."""
+def publish(profile: str, name: str) -> dict[str, Any]:
+    """Copy the artifact to `results/<name>` and write its record; returns the record."""
     settings = settings_for(profile)
     pretrained, dataset = (open_artifact(settings, name) for name in ("pretrained", "pretraining_dataset"))
     record = {
@@ -57,19 +57,19 @@ def publish(profile: str) -> dict[str, Any]:
         "packages": pretrained.manifest["packages"],
         "result": json.loads((pretrained.path / "metrics.json").read_text(encoding="utf-8")),
     }
-    with atomic_folder(RESULTS / profile, {"artifact": "pretrained", "inputs": pretrained.manifest["inputs"]}) as folder:
+    with atomic_folder(RESULTS / name, {"artifact": "pretrained", "inputs": pretrained.manifest["inputs"]}) as folder:
         shutil.copytree(pretrained.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, WEIGHTS))
         T5ForConditionalGeneration.from_pretrained(pretrained.path, dtype=torch.bfloat16).save_pretrained(folder)
-    (RESULTS / f"pretrained_{profile}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"pretrained_{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m benchmarks.publish PROFILE", file=sys.stderr)
+    if len(sys.argv) not in (2, 3):
+        print("usage: python -m benchmarks.publish PROFILE [NAME]", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(publish(sys.argv[1])["result"]))
+        print(json.dumps(publish(sys.argv[1], sys.argv[-1])["result"]))
     except (ArtifactError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
