@@ -135,7 +135,7 @@ class PretrainingSettings(TrainingSettings):
     packing: str = "best_fit"  # "concatenate": windows of the stream of all documents, to compare with
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
-    labelled_share: float = 0.0  # of an epoch's input tokens: sentences that a word list labels (src.distant_supervision)
+    labelled_share: float = 0.0  # of the input tokens: sentences that a word list labels, as far as there are (src.distant_supervision)
     validation_rows: int = 256  # packed rows that one evaluation reads
 
     def __post_init__(self) -> None:
