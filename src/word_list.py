@@ -11,24 +11,28 @@ from collections.abc import Iterable
 import numpy as np
 
 BULLISH_STEMS = (
-    "advanc accelerat award beat beats best better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew"
-    " grow growth higher highest improv increas jump lift milestone outperform overweight positive profit rallie rally rebound"
-    " record recover rise rises rising robust rose soar solid strength strong success surge surging surpass topped tops up upbeat"
-    " upgrad upside win wins won"
+    "advanc accelerat award beat best better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew grow"
+    " higher highest improv increas jump lift milestone outperform overweight positive profit rallie rally rebound record recover"
+    " rise rising robust rose soar solid strength strong success surge surging surpass topped tops up upbeat upgrad upside win won"
 )
 BEARISH_STEMS = (
-    "bankrupt bearish closure concern crash cut cuts declin decreas deficit delay deteriorat dip dipped disappoint down downgrad"
-    " downturn drop fail fall fear fell fraud halt hurt investigation lawsuit layoff lose loses losing loss lost low missed misses"
-    " negativ plummet plung probe recall recession risk sank shrank shrink sink slash slid slide slow slump struggl suspend tumbl"
-    " underperform underweight warn weak worse worst"
+    "bankrupt bearish closure concern crash cut declin decreas deficit delay deteriorat dip dipped disappoint down drop fail fall"
+    " fear fell fraud halt hurt investigation lawsuit layoff lose losing loss lost low missed misses negativ plummet plung probe"
+    " recall recession risk sank shrank shrink sink slash slid slow slump struggl suspend tumbl underperform underweight warn weak"
+    " worse worst"
+)
+# What begins with one of these stems by chance: Tumblr, Time Warner, a fellow, a successor.
+OTHER_STEMS = (
+    "beatle doublec doublel download downstream downtown fellow halter robusta rosen sanko sanky solidarit successi successo"
+    " surgeo surger tumblr warner"
 )
 
 
 @functools.cache
 def stem_pattern(stems: str) -> re.Pattern[str]:
-    """Matches words that start with a stem; stems of two or three letters stand for themselves and -s, -er, -est."""
+    """Matches words that start with a stem and none of the others; stems of two or three letters stand for themselves and -s, -er, -est."""
     endings = (stem + (r"(?:s|er|est)?\b" if len(stem) < 4 else r"\w*") for stem in stems.split())
-    return re.compile(r"\b(?:" + "|".join(endings) + ")", re.IGNORECASE)
+    return re.compile(rf"\b(?!{OTHER_STEMS.replace(' ', '|')})(?:{'|'.join(endings)})", re.IGNORECASE)
 
 
 def polar_word_counts(texts: Iterable[str]) -> np.ndarray:

@@ -16,15 +16,16 @@ def labelled(texts, labels):
 
 
 def test_word_list_reads_direction_words_and_draws_are_neutral():
-    """A word list that matches parts of words (`up` in `startup`) is a straw man, not a baseline."""
+    """A word list that matches parts of words (`up` in `startup`, `fell` in `fellow`) is a straw man, not a baseline."""
     texts = [
         "Profits rose and sales gained",
         "Shares fell after a profit warning on losses",
         "The startup meets on Monday",
         "Up and down",
+        "A fellow of Time Warner is named successor",
     ]
-    found = baselines.word_list(labelled(texts, [2, 0, 1, 1]))
-    assert found["prediction"].tolist() == [LABEL_IDS[name] for name in ("bullish", "bearish", "neutral", "neutral")]
+    found = baselines.word_list(labelled(texts, [2, 0, 1, 1, 1]))
+    assert found["prediction"].tolist() == [LABEL_IDS[name] for name in ("bullish", "bearish", "neutral", "neutral", "neutral")]
 
 
 def test_majority_predicts_shares_of_training_labels():

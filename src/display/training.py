@@ -119,12 +119,12 @@ def loss_axes(axes: plt.Axes, log: Sequence[Mapping[str, Any]]) -> None:
     plain_axes(axes)
     axes.plot(steps.index, steps["loss"], color=GRID, linewidth=1)
     axes.plot(steps.index, smoothed(steps["loss"]), color=INK, linewidth=1.5, label="training")
-    names = {"validation_loss": "validation", "validation_loss_without_sentinels": "validation, sentinels left out"}
+    names = {"validation_loss": "validation", "validation_loss_without_sentinels": "validation, no sentinels"}
     for (column, label), style in zip(names.items(), ("-", "--"), strict=True):
         if column in evaluations:
             axes.plot(evaluations.index, evaluations[column], style, color=ACCENT, marker="o", markersize=3, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1), columnspacing=1, borderpad=0)
 
 
 class LiveLossCurve:
