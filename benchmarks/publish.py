@@ -47,7 +47,7 @@ def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
 def publish(profile: str, name: str) -> dict[str, Any]:
     """Copy the artifact to `results/<name>` and write its record; returns the record."""
     settings = settings_for(profile)
-    pretrained, dataset = (open_artifact(settings, name) for name in ("pretrained", "pretraining_dataset"))
+    pretrained, dataset = (open_artifact(settings, kind) for kind in ("pretrained", "pretraining_dataset"))
     record = {
         "command": make_command(profile, dataset.manifest["overrides"] | pretrained.manifest["overrides"]),
         "date": date.today().isoformat(),
