@@ -24,7 +24,7 @@ from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.precision import autocast, precision_dtype
-from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model
+from src.pretraining import SpanCorruptionEvaluation, first_weights, model_config, new_model
 from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 
@@ -109,9 +109,10 @@ def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, docume
     """Baseline and default, from the same first weights where the default's are T5's; time spent on other ones counts."""
     default = settings.pretraining
     baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
-    model = new_model(settings.model, tokenizer, default.seed)
+    config = model_config(settings.model, tokenizer)
+    model = new_model(config, default.seed)
     paper = replace(settings.model, feed_forward_proj="relu")
-    ours = new_model(paper, tokenizer, default.seed)
+    ours = new_model(model_config(paper, tokenizer), default.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
     for each in (model, stock):
@@ -119,7 +120,7 @@ def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, docume
     if default.compile:
         compile_blocks(model)
     started = time.perf_counter()
-    if initialise := first_weights(model, documents, tokenizer_folder, default):
+    if initialise := first_weights(config, documents, tokenizer_folder, default):
         initialise(model)
     spent = time.perf_counter() - started
     return [

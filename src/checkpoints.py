@@ -43,7 +43,6 @@ class TrainingState:
     seconds: float = 0.0  # spent in this run up to its last step or evaluation, evaluations included
     evaluated_step: int = 0
     best: float | None = None  # of the monitored metric
-    best_step: int = 0
     evaluations_without_best: int = 0
     steps_skipped: int = 0  # in a row, by the gradient scaler
     finished: bool = False
@@ -104,6 +103,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.damaged: list[Path] = []  # passed over when resuming: they stay to be looked at, and count as nothing to fall back to
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState, log: list[dict]) -> None:
         """Write one checkpoint, then remove all but the newest `KEPT`.
@@ -119,7 +119,7 @@ class Checkpoints:
             save_tensors(tensors, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps({"state": asdict(state), "optimizer": plain, "scaler": scaler.state_dict()}))
             (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
-        for old in self._all()[KEPT:]:
+        for old in [kept for kept in self._all() if kept not in self.damaged][KEPT:]:
             shutil.rmtree(old)
 
     def save_best(self, model: nn.Module, state: TrainingState, metrics: Mapping[str, float]) -> None:
@@ -137,21 +137,22 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        damaged = []
+        reasons = []
         for folder in self._all():
             try:
                 verify_folder(folder)
-            except ArtifactError as error:
+            except (ArtifactError, OSError) as error:  # an OSError where a disk cannot read it back
                 logger.warning("passing over a checkpoint: %s", error)
-                damaged.append(str(error))
+                reasons.append(str(error))
+                self.damaged.append(folder)
                 continue
             saved = json.loads((folder / STATE).read_text())
             load_weights(model, folder)
             load_optimizer_state(optimizer, load_file(folder / OPTIMIZER), saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             return TrainingState(**saved["state"]), [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-        if damaged:
-            raise CheckpointError(f"every checkpoint is damaged ({'; '.join(damaged)}): remove {self.folder} to start anew")
+        if reasons:
+            raise CheckpointError(f"every checkpoint is damaged ({'; '.join(reasons)}): remove {self.folder} to start anew")
         return None
 
     def load_best(self, model: nn.Module) -> dict[str, Any]:

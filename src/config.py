@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from src.labels import parse_label_map
 
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")  # of the learning rate: src.optimizers.learning_rate_factor
+
 
 class SettingsError(ValueError):
     """A setting that does not exist or has a value that makes no sense."""
@@ -95,7 +97,7 @@ class TrainingSettings:
     optimizer: str = "adamw_rms_scaled"  # a recipe of src.optimizers
     learning_rate: float = 2e-2
     other_rate: float = 1.0  # of embeddings, norms and position biases, as a share of learning_rate
-    schedule: str = "cosine"  # "cosine", "inverse_sqrt", "linear", "constant"
+    schedule: str = "cosine"  # one of SCHEDULES
     warmup_steps: int = 100
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
@@ -114,7 +116,11 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(any((self.max_steps, self.max_epochs, self.max_minutes)), "set max_steps, max_epochs or max_minutes")
+        budgets = [budget for budget in (self.max_steps, self.max_epochs, self.max_minutes) if budget is not None]
+        require(budgets and min(budgets) > 0, "set max_steps, max_epochs or max_minutes, each positive or null")
+        for name in ("rows_per_step", "rows_per_micro_batch", "evaluate_every", "checkpoint_every"):
+            require(getattr(self, name) > 0, f"{name} must be positive: a number larger than the run's steps stands for never")
+        require(self.schedule in SCHEDULES, f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
         require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
         require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
         require(self.learning_rate > 0, "learning_rate must be positive")
@@ -146,6 +152,7 @@ class PretrainingSettings(TrainingSettings):
         require(0 <= self.labelled_share < 1, "pretraining.labelled_share must lie in [0, 1)")
         require(not self.labelled_share or self.packing == "best_fit", "pretraining.labelled_share needs pretraining.packing=best_fit")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
+        require(self.validation_rows > 0, "pretraining.validation_rows must be positive")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 
 from src.config import TrainingSettings
@@ -47,12 +47,8 @@ class StepGradients:
     def __init__(self, model: nn.Module, settings: TrainingSettings, tracker_folder: str | None = None) -> None:
         if settings.tracker and importlib.util.find_spec(settings.tracker) is None:
             raise TrainingError(f"tracker {settings.tracker} is not installed: pip install {settings.tracker}, or set tracker to None")
-        # Unused parameters are those of a decoder that an encoder-only head never runs.
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         # "no": the number format is chosen here, and a launcher's `--mixed_precision` would scale gradients a second time.
-        self.accelerator = Accelerator(
-            mixed_precision="no", kwargs_handlers=handlers, log_with=settings.tracker, project_dir=tracker_folder
-        )
+        self.accelerator = Accelerator(mixed_precision="no", log_with=settings.tracker, project_dir=tracker_folder)
         self.precision = precision_of(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.model = self.accelerator.prepare_model(model)

@@ -116,6 +116,9 @@ class CheckpointStart:
         for name in (field.name for field in fields(ModelSettings) if field.name != "dropout_rate"):
             if (value := getattr(theirs, name)) != getattr(config, name):
                 raise InitialisationError(f"{folder} has {name} {value}, not {getattr(config, name)}: set model.{name}={value}")
+        if theirs.vocab_size != config.vocab_size:
+            padded = f"{folder} has a vocabulary of {theirs.vocab_size} rows for the {config.vocab_size} tokens of its tokenizer"
+            raise InitialisationError(f"{padded}: save it with resize_token_embeddings({config.vocab_size})")
         self.folder, self.sources = folder, (describe_file(folder / SAFE_WEIGHTS_NAME),)
 
     def __call__(self, model: T5ForConditionalGeneration) -> None:

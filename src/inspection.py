@@ -98,16 +98,23 @@ def split_spans(ids: np.ndarray, first_sentinel_id: int, num_sentinels: int) -> 
     return spans
 
 
-def judged_sentences(
-    model: nn.Module, tokenizer: Any, documents: TokenizedDocuments, settings: FinetuningSettings, tokens: int = 20_000
-) -> pd.DataFrame:
-    """Predictions of a model, fine-tuned on nothing, for sentences that the word list labels; the schema of `src.evaluation`.
+def robbed_sentences(documents: TokenizedDocuments, tokenizer: Any, tokens: int = 80_000) -> pd.DataFrame:
+    """Sentences that the word list labels, about `tokens` long in all, without any of its words: as `SentencePairs.frame`.
+
+    Raises:
+        DistantSupervisionError: a label has no sentence.
+    """
+    pairs = LabelledSentences(documents, tokenizer).draw(tokens, np.random.default_rng(0))
+    return replace(pairs, removed=np.ones_like(pairs.removed)).frame(tokenizer)
+
+
+def judged_sentences(model: nn.Module, tokenizer: Any, rows: pd.DataFrame, settings: FinetuningSettings) -> pd.DataFrame:
+    """Predictions of a model, fine-tuned on nothing, for `robbed_sentences`; the schema of `src.evaluation`.
 
     Args:
-        documents: to take sentences from, about `tokens` long in all: ones that it was not trained on.
+        rows: of documents that it was not trained on.
         settings: of text to text.
     """
-    rows = LabelledSentences(documents, tokenizer).draw(tokens, np.random.default_rng(settings.seed)).frame(tokenizer)
     return predictions_frame(rows, label_likelihoods(model, tokenizer, rows["text"].tolist(), settings), "pre-trained")
 
 

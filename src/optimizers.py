@@ -24,7 +24,7 @@ SMALLEST_RMS = 1e-2  # a parameter that starts at zero must still move (as in Ad
 
 
 class OptimizerError(ValueError):
-    """An optimizer or schedule that does not exist."""
+    """An optimizer that does not exist, or nothing for it to train."""
 
 
 class RMSScaledOptimizer(torch.optim.Optimizer):
@@ -180,6 +180,5 @@ def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: 
             return max(0.0, 1 - progress)
         case "inverse_sqrt":
             return math.sqrt(max(1, warmup_steps) / max(1, step))
-        case "constant":
+        case _:  # constant
             return 1.0
-    raise OptimizerError(f"schedule {schedule!r} is unknown: choose cosine, linear, inverse_sqrt or constant")

@@ -11,11 +11,12 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
+from transformers import T5Config
 
 from src.artifacts import Artifact, open_artifact
 from src.initialisation import CheckpointStart, InformedStart
 from src.interruption import INTERRUPTED, TrainingInterrupted
-from src.pretraining import SpanCorruptionEvaluation, first_weights, new_model, training_source
+from src.pretraining import SpanCorruptionEvaluation, first_weights, model_config, new_model, training_source
 from src.pretraining_batches import PretrainingBatches
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
@@ -25,18 +26,21 @@ from src.training import TrainingResult, train
 def pretrain(
     settings: Settings,
     inputs: Sequence[Artifact],
-    model: nn.Module,
+    config: T5Config,
     source: PretrainingBatches,
     *,
     evaluate: Callable[[nn.Module], dict[str, float]],
     initialise: InformedStart | CheckpointStart | None,
     on_evaluation: Callable[[list[dict[str, Any]]], None],
 ) -> TrainingResult:
-    """`src.training.train`, told what makes two runs of stage 3 one (settings, `inputs`, first weights) and where its checkpoints lie."""
+    """`src.training.train`, told what makes two runs of stage 3 one (settings, `inputs`, first weights) and where its checkpoints lie.
+
+    The model is made here, of `config`: one that has been trained in place would start another run.
+    """
     read = {artifact.name: artifact.digest for artifact in inputs}
     read |= {source["path"]: source["sha256"] for source in (initialise.sources if initialise else ())}
     return train(
-        model,
+        new_model(config, settings.pretraining.seed),
         source,
         settings.pretraining,
         artifacts_folder(settings.profile) / ".checkpoints" / "pretrained",
@@ -54,10 +58,10 @@ def run(settings: Settings) -> TrainingResult:
     documents = {split: TokenizedDocuments.load(inputs[1].path, split) for split in ("train", "validation")}
     train_source = training_source(documents["train"], tokenizer, settings.pretraining)
     validation_source = PretrainingBatches(documents["validation"], tokenizer, settings.pretraining)
-    model = new_model(settings.model, tokenizer, settings.pretraining.seed)
-    start = first_weights(model, documents["train"], inputs[0].path, settings.pretraining)
+    config = model_config(settings.model, tokenizer)
+    start = first_weights(config, documents["train"], inputs[0].path, settings.pretraining)
     evaluate = SpanCorruptionEvaluation(validation_source, tokenizer, settings.pretraining.validation_rows)
-    return pretrain(settings, inputs, model, train_source, evaluate=evaluate, initialise=start, on_evaluation=print_evaluation)
+    return pretrain(settings, inputs, config, train_source, evaluate=evaluate, initialise=start, on_evaluation=print_evaluation)
 
 
 def print_evaluation(log: Sequence[Mapping[str, Any]]) -> None:

@@ -26,9 +26,9 @@ from src.tokenizer import WORD_START, TokenizedDocuments, save_tokenizer
 from src.training import TrainingResult
 
 
-def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForConditionalGeneration:
-    """A T5 with freshly drawn weights and the tokenizer's vocabulary and special ids."""
-    config = T5Config(
+def model_config(settings: ModelSettings, tokenizer: Any) -> T5Config:
+    """Of a T5 with the tokenizer's vocabulary and special ids."""
+    return T5Config(
         vocab_size=len(tokenizer),
         d_model=settings.d_model,
         d_kv=settings.d_kv,
@@ -44,19 +44,23 @@ def new_model(settings: ModelSettings, tokenizer: Any, seed: int) -> T5ForCondit
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
+
+
+def new_model(config: T5Config, seed: int) -> T5ForConditionalGeneration:
+    """A T5 with freshly drawn weights."""
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
 
 
 def first_weights(
-    model: nn.Module, documents: TokenizedDocuments, tokenizer_folder: Path, settings: PretrainingSettings
+    config: T5Config, documents: TokenizedDocuments, tokenizer_folder: Path, settings: PretrainingSettings
 ) -> InformedStart | CheckpointStart | None:
     """What sets the weights of a new run in place of T5's random ones, if `settings.initialisation` wants that."""
     if settings.initialisation == "t5":
         return None
     if settings.initialisation == "informed":
-        return InformedStart(documents, model.config, settings.seed)
-    return CheckpointStart(Path(settings.initialisation).expanduser(), tokenizer_folder, model.config)
+        return InformedStart(documents, config, settings.seed)
+    return CheckpointStart(Path(settings.initialisation).expanduser(), tokenizer_folder, config)
 
 
 def training_source(documents: TokenizedDocuments, tokenizer: Any, settings: PretrainingSettings) -> PretrainingBatches:

@@ -143,6 +143,9 @@ PROFILES = {
 }
 
 
+PYTHON_CONSTANTS = {"None": None, "True": True, "False": False}
+
+
 def typed(key: str, value: Any, expected: Any) -> Any:
     """An overriding value as the type that its field declares: a list becomes a tuple, an integer may stand for a float."""
     choices = get_args(expected) if isinstance(expected, UnionType) else (expected,)
@@ -156,7 +159,9 @@ def typed(key: str, value: Any, expected: Any) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """A setting's value as written on a command line: JSON where it is JSON, else the text itself."""
+    """A setting's value as written on a command line: JSON or a constant of Python where it is one, else the text itself."""
+    if text in PYTHON_CONSTANTS:
+        return PYTHON_CONSTANTS[text]
     try:
         return json.loads(text)
     except ValueError:

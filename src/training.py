@@ -246,7 +246,7 @@ class TrainingRun:
         own = (metrics[self.monitor], time.monotonic() - self.clock_start) if self.accelerator.is_main_process else (0.0, 0.0)
         value, state.seconds = self.gradients.sum_over_processes(*own)
         if math.isfinite(value) and (state.best is None or self.sign * (value - state.best) > 0):
-            state.best, state.best_step, state.evaluations_without_best = value, state.step, 0
+            state.best, state.evaluations_without_best = value, 0
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.model, state, metrics)
         else:
@@ -268,6 +268,8 @@ class TrainingRun:
         """Last evaluation and checkpoint, then the best weights."""
         if not self.state.finished:
             self.evaluate_if_due(on_evaluation, force=True)
+            if self.state.best is None:
+                raise TrainingError(f"{self.monitor} was never finite, so no weights are the best: look at the validation rows")
             self.state.finished = True
             self.save()
         if self.settings.tracker:

@@ -28,10 +28,7 @@ def canonical_json(value: Any) -> bytes:
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):  # hashlib.file_digest would need Python 3.11
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         recorded = manifest.pop("sha256")
     except FileNotFoundError:
         raise ArtifactError(f"{path} has no {MANIFEST}") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ArtifactError(f"{path / MANIFEST} is damaged") from None
     if hashlib.sha256(canonical_json(manifest)).hexdigest() != recorded:
         raise ArtifactError(f"{path / MANIFEST} was changed after it was written")

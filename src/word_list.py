@@ -11,15 +11,15 @@ from collections.abc import Iterable
 import numpy as np
 
 BULLISH_STEMS = (
-    "advanc accelerat award beat better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew grow"
-    " higher highest improv increas jump lift milestone outperform overweight positive rallie rally rebound record recover"
-    " rise rising robust rose soar solid strength strong success surge surging surpass topped tops upbeat upgrad upside upturn win"
+    "advanc accelerat award beat better boom boost breakthrough bullish buyback climb doubl exceed expan gain grew grow higher"
+    " highest improv increas jump lift milestone outperform overweight positive rallie rally rebound record recover rise rising robust"
+    " rose soar solid strength strong success surge surging surpass topped tops upbeat upgrad upside upturn win"
 )
 BEARISH_STEMS = (
-    "bankrupt bearish closure crash cut declin decreas deficit delay deteriorat dip dipped disappoint downbeat downgrad downside downturn drop fail fall"
-    " fear fell fraud halt hurt investigation lawsuit layoff lose losing loss lost low missed misses negativ plummet plung probe"
-    " recall recession sank shrank shrink sink slash slid slow slump struggl suspend tumbl underperform underweight warn weak"
-    " worse worst"
+    "bankrupt bearish closure crash cut declin decreas deficit delay deteriorat dip dipped disappoint downbeat downgrad downside"
+    " downturn drop fail fall fear fell fraud halt hurt investigation lawsuit layoff lose losing loss lost low missed misses negativ"
+    " plummet plung probe recall recession sank shrank shrink sink slash slid slow slump struggl suspend tumbl underperform"
+    " underweight warn weak worse worst"
 )
 UP, DOWN = "up", "down"  # count before an amount only, as in "up 3 percent": to step down or set up is neither
 AMOUNT = r"[\d$€£]"

@@ -4,12 +4,14 @@ import errno
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import bitsandbytes
 import pytest
 import torch
 
 from src import checkpoints as module
+from src import verified_folders
 from src.checkpoints import CheckpointError, Checkpoints, TrainingState, load_optimizer_state, split_optimizer_state
 from src.optimizers import build_optimizer
 from src.verified_folders import ArtifactError
@@ -61,6 +63,30 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(copy, caplog, name, how):
     assert max(record["step"] for record in log) == 10
     assert "passing over a checkpoint" in caplog.text
     assert "step-00000012" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_not_what_to_fall_back_to(copy):
+    """Kept in the place of a good one, it leaves nothing when the next is damaged too."""
+    damage(copy / "step-00000012" / "weights.safetensors", "flipped")
+    kept = Checkpoints(copy)
+    model, optimizer, scaler = parts()
+    state, log = kept.load_newest(model, optimizer, scaler)
+    kept.save(model, optimizer, scaler, replace(state, step=11), log)
+    damage(copy / "step-00000011" / "weights.safetensors", "flipped")
+    assert Checkpoints(copy).load_newest(model, optimizer, scaler)[0].step == 10
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(copy, monkeypatch):
+    """A bad sector under the newest one must not hide the good one beside it."""
+    hashed = verified_folders.file_sha256
+
+    def unreadable(path):
+        if path.parent.name == "step-00000012":
+            raise OSError(errno.EIO, "Input/output error")
+        return hashed(path)
+
+    monkeypatch.setattr(verified_folders, "file_sha256", unreadable)
+    assert Checkpoints(copy).load_newest(*parts())[0].step == 10
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,6 +14,7 @@ from src.initialisation import (
     neighbourhood_vectors,
     positive_information,
 )
+from src.pretraining import model_config, new_model
 from src.pretraining_batches import PretrainingBatches
 from src.t5_layers import T5Attention
 from src.tokenizer import MODEL_FILE, TokenizedDocuments
@@ -35,8 +36,13 @@ def random_corpus(seed=0, tokens=20_000):
     return corpus(text)
 
 
+def drawn_model(seed=0, **changes):
+    """With the weights that it is drawn with."""
+    return new_model(model_config(replace(MODEL, **changes), tiny_run.FixedVocabulary()), seed)
+
+
 def informed_model():
-    model = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)
+    model = drawn_model()
     InformedStart(random_corpus(), model.config, seed=0)(model)
     return model.eval()
 
@@ -76,7 +82,7 @@ def test_counting_takes_evenly_spaced_parts_of_a_large_corpus(monkeypatch):
 
 def test_unseen_tokens_keep_their_vectors_and_all_have_one_size():
     """Sentinels do not occur in the texts: a zero vector would make them all the same, a longer one would drown the others."""
-    model, drawn = informed_model(), tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)
+    model, drawn = informed_model(), drawn_model()
     torch.testing.assert_close(model.shared.weight[120:], drawn.shared.weight[120:], rtol=0, atol=0)
     sizes = model.shared.weight.detach().square().mean(1).sqrt()
     torch.testing.assert_close(sizes[3:43], torch.ones(40))
@@ -117,9 +123,11 @@ def share_on_own_sentinel(model) -> float:
     return float(np.mean(shares))
 
 
-def checkpoint(folder, spiece=b"pieces", **changes):
+def checkpoint(folder, spiece=b"pieces", vocab_size=None, **changes):
     """A checkpoint of random weights with what stands for a tokenizer."""
-    model = tiny_run.new_model(replace(MODEL, **changes), tiny_run.FixedVocabulary(), seed=1)
+    model = drawn_model(seed=1, **changes)
+    if vocab_size:
+        model.resize_token_embeddings(vocab_size)
     model.save_pretrained(folder)
     (folder / MODEL_FILE).write_bytes(spiece)
     return model
@@ -128,7 +136,7 @@ def checkpoint(folder, spiece=b"pieces", **changes):
 def test_a_checkpoint_is_gone_on_from_as_it_is(tmp_path):
     """Weights left out, or put in the wrong place, would be trained anew without a word."""
     earlier = checkpoint(tmp_path)
-    model = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)
+    model = drawn_model()
     CheckpointStart(tmp_path, tmp_path, model.config)(model)
     for (name, ours), theirs in zip(model.named_parameters(), earlier.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
@@ -141,6 +149,7 @@ def test_a_checkpoint_is_gone_on_from_as_it_is(tmp_path):
         ({"spiece": b"other pieces"}, "has another tokenizer than the dataset: set corpus.tokenizer=.* and run notebook 1"),
         ({"num_layers": 3}, "has num_layers 3, not 2: set model.num_layers=3"),
         ({"feed_forward_proj": "gated-gelu"}, "has feed_forward_proj gated-gelu, not relu"),
+        ({"vocab_size": 192}, "has a vocabulary of 192 rows for the 160 tokens of its tokenizer: save it with resize_token_embeddings"),
         (None, "config.json is missing: pretraining.initialisation takes a checkpoint and its tokenizer"),
     ],
 )
@@ -151,14 +160,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, message):
     (tmp_path / "tokenizer" / MODEL_FILE).write_bytes(b"pieces")
     if change is not None:
         checkpoint(tmp_path / "earlier", **change)
-    config = tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0).config
+    config = drawn_model().config
     with pytest.raises(InitialisationError, match=message):
         CheckpointStart(tmp_path / "earlier", tmp_path / "tokenizer", config)
 
 
 def test_sentinels_of_the_decoder_find_theirs_in_the_encoder():
     """Without this the decoder averages the whole source for its first thousand steps."""
-    assert share_on_own_sentinel(tiny_run.new_model(MODEL, tiny_run.FixedVocabulary(), seed=0)) < 0.1
+    assert share_on_own_sentinel(drawn_model()) < 0.1
     assert share_on_own_sentinel(informed_model()) > 0.3
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -149,7 +150,7 @@ def test_a_damaged_input_stops_the_notebook_itself(sample_run, stage, fault, tmp
 
 @pytest.mark.notebooks
 def test_what_several_processes_trained_is_found_by_the_notebook(sample_run, tmp_path, monkeypatch):
-    """The way to several GPUs: if launcher and notebook named the run differently, hours of training would be done again."""
+    """The way to several GPUs: if launcher and notebook, or its cell run twice, named the run differently, hours would be trained again."""
     folder, _ = sample_run
     for name in ("tokenizer", "pretraining_dataset"):
         shutil.copytree(folder / "sample" / name, tmp_path / "sample" / name)
@@ -158,8 +159,13 @@ def test_what_several_processes_trained_is_found_by_the_notebook(sample_run, tmp
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert trained.stdout.count("trained to step 4") == 1
     settings = profiles.settings_for("sample", {"pretraining.max_steps": 4})
-    copy = pipeline.run_notebook(settings, stages.stage_of("pretrained"), "test")
-    assert "finished already at step 4" in copy.read_text(encoding="utf-8")
+    stage = stages.stage_of("pretrained")
+    notebook = nbformat.read(pipeline.ROOT / stage.notebook, as_version=4)
+    (training,) = (cell for cell in notebook.cells if "result = pretrain(" in cell.source)
+    notebook.cells.insert(notebook.cells.index(training) + 1, nbformat.v4.new_code_cell(training.source))  # as a person runs it again
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
+    copy = pipeline.run_notebook(settings, replace(stage, notebook=str(tmp_path / "twice.ipynb")), "test")
+    assert copy.read_text(encoding="utf-8").count("finished already at step 4") == 2
     assert json.loads((tmp_path / "sample/pretrained/manifest.json").read_text())["counts"]["steps"] == 4
 
 

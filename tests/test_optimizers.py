@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from src.config import TrainingSettings
-from src.optimizers import OptimizerError, RMSScaledOptimizer, build_optimizer, learning_rate_factor, orthogonalise
+from src.optimizers import OptimizerError, RMSScaledOptimizer, build_optimizer, orthogonalise
 from tests import tiny_run
 
 SETTINGS = TrainingSettings(max_steps=1, learning_rate=0.1)
@@ -108,8 +108,6 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
 def test_unknown_names_and_nothing_to_train():
     with pytest.raises(OptimizerError, match="'sgd' is unknown: choose adamw"):
         build_optimizer(tiny_model(), replace(SETTINGS, optimizer="sgd"))
-    with pytest.raises(OptimizerError, match="schedule 'step' is unknown: choose cosine"):
-        learning_rate_factor("step", 5, 0, 0.1)
     frozen = tiny_model().requires_grad_(False)
     with pytest.raises(OptimizerError, match="no trainable parameter: unfreeze"):
         build_optimizer(frozen, SETTINGS)

@@ -6,7 +6,7 @@ import pytest
 
 from src.config import SettingsError
 from src.labels import LABELS, TWITTER_LABEL_MAP, YAHOO_LABEL_MAP, LabelError, label_id, parse_label_map
-from src.profiles import PROFILES, settings_for
+from src.profiles import PROFILES, parse_overrides, settings_for
 from src.stages import STAGES, stage_of
 
 
@@ -29,7 +29,11 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"labelled.split_fractions": [0.8, 0.1, 0.2]}, "add up to 1"),
         ({"labelled.label_map": "0=good"}, "LABEL one of bearish, neutral, bullish"),
         ({"pretraining.max_steps": None}, "max_steps, max_epochs or max_minutes"),
+        ({"pretraining.max_steps": -5}, "each positive or null"),
         ({"pretraining.rows_per_step": 17}, "multiple of rows_per_micro_batch"),
+        ({"pretraining.rows_per_micro_batch": 0}, "rows_per_micro_batch must be positive"),
+        ({"classification.evaluate_every": 0}, "evaluate_every must be positive: a number larger"),
+        ({"pretraining.schedule": "cosin"}, "schedule 'cosin' is unknown: choose one of cosine"),
         ({"model.relative_attention_num_buckets": 7}, "even and at least 4"),
         ({"model.relative_attention_max_distance": 16}, "more than half the number of buckets"),
         ({"pretraining.labelled_share": 1.0}, "lie in"),
@@ -43,6 +47,12 @@ def test_bad_settings_are_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError, match=message) as error:
         settings_for("sample", overrides)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_a_command_line_are_written_as_json_or_as_in_python():
+    """`max_minutes=None` taken as a text names a value that no setting can have."""
+    pairs = ["pretraining.max_minutes=None", "pretraining.compile=True", "corpus.tokenizer=null", "pretraining.seed=3", "corpus.path=a=b"]
+    assert list(parse_overrides(pairs).values()) == [None, True, None, 3, "a=b"]
 
 
 def test_each_method_has_its_epochs():

@@ -1,6 +1,7 @@
 """The training loop: the same result however often it is split up or starved, and an end where it is due."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -84,6 +85,13 @@ def test_not_finite_stops_at_once(tmp_path, what):
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000005"]
     weights = load_file(folder / "step-00000005" / "weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_metric_that_is_never_finite_is_named(tmp_path):
+    """There are no best weights then: told as a missing file, and on every later run, it names no cause."""
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="validation_loss was never finite"):
+            tiny_run.run(tmp_path, evaluate=lambda model: {"validation_loss": math.nan}, max_steps=2)
 
 
 def test_budgets_and_early_stop(tmp_path):

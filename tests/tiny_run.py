@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from src import checkpoints, training, verified_folders
 from src.checkpoints import LOG, OPTIMIZER, WEIGHTS, Checkpoints
 from src.config import ModelSettings, PretrainingSettings
-from src.pretraining import new_model
+from src.pretraining import model_config, new_model
 from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments
 
@@ -69,7 +69,7 @@ def evaluator(settings=SETTINGS):
 
 def model_with(**changes):
     """A new model, the same each time but for `changes` to `MODEL`."""
-    return new_model(replace(MODEL, **changes), FixedVocabulary(), seed=0)
+    return new_model(model_config(replace(MODEL, **changes), FixedVocabulary()), seed=0)
 
 
 def halve(model):
