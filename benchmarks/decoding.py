@@ -2,7 +2,8 @@
 
 T5-small shapes with random weights. Tokens/s count the decoding of a batch from its encoder output on, which for `kv` includes
 making K and V of the source. Kinds take turns in one process, and the median of the rounds is kept. Stock `transformers` with its
-own cache is timed beside them. The last line is one JSON object; ratios are of `x+e` to `kv` at source 512, target 114.
+own cache is timed beside them. The last line is one JSON object: ratios of `x+e` to `kv` and to stock, of the headline cases (source 512,
+target 114) with their errors, or of the whole grid.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.device import DEVICE, synchronize
 from src.environment import device_name
-from src.kv_cache import CACHE_KINDS
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.precision import DTYPES
 
@@ -62,7 +62,7 @@ def stock_bytes(cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for layer in layers for tensor in (layer.keys, layer.values))
 
 
-def time_case(models: dict, kinds: tuple[str, ...], source: int, target: int, batch: int, rounds: int, longest: float) -> list[dict]:
+def time_case(models: dict, source: int, target: int, batch: int, rounds: int, longest: float) -> list[dict]:
     """Tokens/s and bytes of every kind, in alternating rounds; a case stops when `longest` seconds are spent."""
     config, dtype = models["ours"].config, models["ours"].dtype
     generator = torch.Generator().manual_seed(source + target)
@@ -70,7 +70,7 @@ def time_case(models: dict, kinds: tuple[str, ...], source: int, target: int, ba
     with torch.no_grad():
         states = torch.cat([models["ours"].encoder(part).last_hidden_state for part in ids.split(8)]).to(dtype)
         models["ours"].calibrate_key_cache(ids)
-    kinds = (*kinds, "stock")
+    kinds = (*KINDS, "stock")
     seconds, size, started = {kind: [] for kind in kinds}, {}, time.perf_counter()
     for turn in range(rounds):
         for kind in kinds if turn % 2 == 0 else kinds[::-1]:
@@ -87,7 +87,7 @@ def time_case(models: dict, kinds: tuple[str, ...], source: int, target: int, ba
 
 
 @torch.no_grad()
-def logit_errors(config: T5Config, kinds: tuple[str, ...], source: int, target: int, batch: int) -> dict[str, dict[str, float]]:
+def logit_errors(config: T5Config, source: int, target: int, batch: int) -> dict[str, dict[str, float]]:
     """Largest error of a logit against float64 weights and arithmetic, teacher-forced, by dtype and kind."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, config.vocab_size, (batch, source), generator=generator).to(DEVICE)
@@ -103,7 +103,7 @@ def logit_errors(config: T5Config, kinds: tuple[str, ...], source: int, target: 
         expected = exact(decoder_input_ids=forced, encoder_outputs=exact_outputs).logits
         model.calibrate_key_cache(ids)
         errors[name] = {}
-        for kind in kinds:
+        for kind in KINDS:
             cache, worst = model.new_cache(kind, target), 0.0
             for step in range(target):
                 logits = model(decoder_input_ids=forced[:, step : step + 1], encoder_outputs=outputs, past_key_values=cache).logits
@@ -115,7 +115,6 @@ def logit_errors(config: T5Config, kinds: tuple[str, ...], source: int, target: 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", choices=("headline", "all"), default="headline", help="all: the whole grid, up to an hour")
-    parser.add_argument("--kinds", nargs="+", choices=CACHE_KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--longest", type=float, default=60.0, help="seconds after which a case starts no further round")
     parser.add_argument("--vocab-size", type=int, default=32128)
@@ -136,7 +135,7 @@ def main() -> None:
     }
     cases = []
     for source, target, batch, dtype in grid:
-        rows = time_case(models[dtype], tuple(options.kinds), source, target, batch, options.rounds, options.longest)
+        rows = time_case(models[dtype], source, target, batch, options.rounds, options.longest)
         for row in rows:
             cases.append({"source": source, "target": target, "batch": batch, "dtype": dtype, **row})
             print(
@@ -144,36 +143,37 @@ def main() -> None:
                 f"{row['tokens_per_s']:9.1f} tokens/s",
                 flush=True,
             )
-    errors = logit_errors(config, tuple(options.kinds), 512, 114, 2)
-    print(f"largest logit error: {errors}")
-    found = headline(cases, errors) | (over_the_grid(cases) if options.cases == "all" else {})
-    print(json.dumps({**found, "device": device_name(), "logit_errors": errors, "cases": cases}))
+    if options.cases == "all":
+        found = over_the_grid(cases)
+    else:
+        errors = logit_errors(config, 512, 114, 2)
+        print(f"largest logit error: {errors}")
+        found = headline(cases, errors) | {"logit_errors": errors}
+    print(json.dumps({**found, "device": device_name(), "cases": cases}))
 
 
-def ratios(cases: list[dict], key: str) -> dict[tuple[int, int, int, str], float]:
-    """That figure of `x+e` divided by the one of `kv`, for every (source, target, batch, dtype)."""
+def ratios(cases: list[dict], key: str, peer: str = "kv") -> dict[tuple[int, int, int, str], float]:
+    """That figure of `x+e` divided by the one of `peer`, for every (source, target, batch, dtype)."""
     found = {(c["source"], c["target"], c["batch"], c["dtype"], c["kind"]): c[key] for c in cases}
-    return {case[:4]: value / found[*case[:4], "kv"] for case, value in found.items() if case[4] == "x+e"}
+    return {case[:4]: value / found[*case[:4], peer] for case, value in found.items() if case[4] == "x+e"}
 
 
 def headline(cases: list[dict], errors: dict) -> dict[str, float]:
-    """Ratios of `x+e` to `kv` at source 512, target 114."""
-    speed = ratios(cases, "tokens_per_s")
-    return {
-        "cache_ratio": 1 / ratios(cases, "cache_bytes")[512, 114, 64, "bf16"],
-        "speed_ratio_b64": speed[512, 114, 64, "bf16"],
-        "speed_ratio_b1": speed[512, 114, 1, "bf16"],
-        "speed_ratio_b64_fp32": speed[512, 114, 64, "fp32"],
-        "speed_ratio_b1_fp32": speed[512, 114, 1, "fp32"],
-        "error_ratio_bf16": errors["bf16"]["x+e"] / errors["bf16"]["kv"],
-    }
+    """Ratios of `x+e` to `kv`, and of speed to stock, at source 512, target 114."""
+    found = {"cache_ratio": 1 / ratios(cases, "cache_bytes")[512, 114, 64, "bf16"]}
+    for name, peer in (("speed", "kv"), ("stock", "stock")):
+        speed = ratios(cases, "tokens_per_s", peer)
+        for case in HEADLINE:
+            found[f"{name}_ratio_b{case[2]}" + ("" if case[3] == "bf16" else f"_{case[3]}")] = speed[case]
+    return found | {"error_ratio_bf16": errors["bf16"]["x+e"] / errors["bf16"]["kv"]}
 
 
 def over_the_grid(cases: list[dict]) -> dict[str, dict[str, float]]:
-    """How much smaller and faster `x+e` is than `kv`: a measure of `{"40_to_4": ratio}`, source to target, each."""
+    """How much smaller and faster `x+e` is than `kv`, and faster than stock: a measure of `{"40_to_4": ratio}`, source to target, each."""
     measures: dict[str, dict[str, float]] = {"smaller": {}}
-    for (source, target, batch, dtype), ratio in ratios(cases, "tokens_per_s").items():
-        measures.setdefault(f"faster_{dtype}_batch_{batch}", {})[f"{source}_to_{target}"] = ratio
+    for name, peer in (("faster", "kv"), ("faster_than_stock", "stock")):
+        for (source, target, batch, dtype), ratio in ratios(cases, "tokens_per_s", peer).items():
+            measures.setdefault(f"{name}_{dtype}_batch_{batch}", {})[f"{source}_to_{target}"] = ratio
     for (source, target, _, _), ratio in ratios(cases, "cache_bytes").items():
         measures["smaller"][f"{source}_to_{target}"] = 1 / ratio  # the same for every batch and dtype
     return measures

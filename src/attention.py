@@ -106,10 +106,13 @@ def causal_mask(query_length: int, key_length: int, device: torch.device) -> Ten
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where `mask` is True and the dtype's lowest number elsewhere, to be added to scores; None where nothing is masked."""
+    """0 where `mask` is True and half the dtype's lowest number elsewhere, to be added to scores; None where nothing is masked.
+
+    Half, because in float16 a score below -16 added to the lowest number is -inf, and a query that sees no key would come out as NaN.
+    """
     if mask is None or (mask.device.type == "cpu" and bool(mask.all())):  # elsewhere the question would cost a synchronisation
         return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
 def at_least_float32(states: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def plain_attention(
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """(batch, length, heads x d_kv) to (batch, heads, length, d_kv)."""
-    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return states.view(*states.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(states: Tensor) -> Tensor:

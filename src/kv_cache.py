@@ -226,6 +226,12 @@ class T5Cache(Cache):
                 for buffer in layer.buffers():
                     buffer.select(beam_idx.to(buffer.data.device))
 
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens from `max_length` on, or that many at the end where it is 0 or negative: guesses that were not accepted."""
+        for layer in self.layers:
+            for buffer in layer.buffers():
+                buffer.length = min(buffer.length, max_length if max_length > 0 else buffer.length + max_length)
+
     def reset(self) -> None:
         for buffer in self.buffers():
             buffer.length, buffer.data = 0, None

@@ -4,15 +4,21 @@ import torch
 from torch import Tensor, nn
 
 
+def _normed(states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y = w x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467, eq. 4) for float32 x, in the given dtype, and the 1 / sqrt, (..., 1)."""
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    scale = torch.rsqrt(norm.square_().div_(states.shape[-1]).add_(epsilon))
+    return torch.mul(states, scale).mul_(weight).to(dtype), scale
+
+
 class _RmsNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467, eq. 4) for float32 x, in the given dtype."""
+    """`_normed` with its backward."""
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square_().div_(states.shape[-1]).add_(epsilon))  # (..., 1)
+        result, scale = _normed(states, weight, epsilon, dtype)
         ctx.save_for_backward(states, weight, scale)
-        return torch.mul(states, scale).mul_(weight).to(dtype)
+        return result
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -31,4 +37,6 @@ def rms_norm(states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype)
         return (states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon) * weight).to(dtype)
     if states.device.type != "cpu":  # one kernel each way, where the steps below would be eighteen
         return nn.functional.rms_norm(states, weight.shape, weight.to(states.dtype), epsilon).to(dtype)
+    if not torch.is_grad_enabled():  # a step of decoding is so short that preparing for a backward shows
+        return _normed(states, weight, epsilon, dtype)[0]
     return _RmsNorm.apply(states, weight, epsilon, dtype)

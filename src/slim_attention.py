@@ -65,13 +65,13 @@ def attend_to_states(query: Tensor, states: Tensor, weights: StateWeights, bias:
     Returns:
         (batch, heads, length, d_kv).
     """
-    heads_and_length = query.shape[1:3]
+    by_length = query.shape[:3]
     wide = by_head(query, weights.key)  # (batch, heads, length, d_model)
-    scores = torch.bmm(wide.flatten(1, 2), states.mT).unflatten(1, heads_and_length)  # (batch, heads, length, keys)
+    scores = torch.bmm(wide.flatten(1, 2), states.mT).view(*by_length, -1)  # (batch, heads, length, keys)
     if bias is not None:
         scores += bias
     attention = torch.softmax(scores, dim=-1).flatten(1, 2)  # (batch, heads x length, keys)
-    context = torch.bmm(attention, states).unflatten(1, heads_and_length)  # (batch, heads, length, d_model)
+    context = torch.bmm(attention, states).view(*by_length, -1)  # (batch, heads, length, d_model)
     return by_head(context, weights.value)
 
 
@@ -79,7 +79,7 @@ def by_head(states: Tensor, weight: Tensor) -> Tensor:
     """Multiply each head's part (batch, heads, length, a) by its own matrix (heads, a, b): (batch, heads, length, b)."""
     batch, heads, length, width = states.shape
     rows = states.transpose(0, 1).reshape(heads, batch * length, width)  # one product of all rows for each head
-    return torch.bmm(rows, weight).unflatten(1, (batch, length)).transpose(0, 1)
+    return torch.bmm(rows, weight).view(heads, batch, length, -1).transpose(0, 1)
 
 
 def attend_to_keys(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -125,8 +125,9 @@ class T5Block(GradientCheckpointingLayer):
         self.layer.append(T5Sublayer(config, "DenseReluDense", T5FeedForward(config)))
 
     def forward(self, hidden_states: Tensor, bias=None, mask=None, encoder_states=None, encoder_mask=None, cache=None) -> Tensor:
-        own, cross = (None, None) if cache is None else cache.of_layer(self.layer[0].SelfAttention.layer_index)
-        hidden_states = self.layer[0](hidden_states, bias=bias, mask=mask, cache=own)
+        own, *cross, feed_forward = self.layer
+        own_cache, cross_cache = (None, None) if cache is None else cache.of_layer(own.SelfAttention.layer_index)
+        hidden_states = own(hidden_states, bias=bias, mask=mask, cache=own_cache)
         if encoder_states is not None:
-            hidden_states = self.layer[1](hidden_states, mask=encoder_mask, encoder_states=encoder_states, cache=cross)
-        return self.layer[-1](hidden_states)
+            hidden_states = cross[0](hidden_states, mask=encoder_mask, encoder_states=encoder_states, cache=cross_cache)
+        return feed_forward(hidden_states)

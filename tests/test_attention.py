@@ -44,10 +44,18 @@ def test_masks_by_hand():
     mask = segment_mask(torch.tensor([[1, 1, 2, 0]]), torch.tensor([[1, 2, 0]]))
     assert mask.int().tolist() == [[[[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]]
     assert causal_mask(2, 3, torch.device("cpu")).int().tolist() == [[[[1, 1, 0], [1, 1, 1]]]]
-    assert additive(torch.tensor([True, False]), torch.float32).tolist() == [0.0, torch.finfo(torch.float32).min]
+    assert additive(torch.tensor([True, False]), torch.float32).tolist() == [0.0, torch.finfo(torch.float32).min / 2]
     assert additive(torch.ones(2, dtype=torch.bool), torch.float32) is None
     with pytest.raises(SegmentError, match="must be the same"):
         segment_mask(torch.ones(2, 3), torch.ones(1, 3))
+
+
+def test_a_query_that_sees_no_key_is_finite_in_float16():
+    """Padding of the decoder beside a full row of the encoder: what comes out is not used, but as NaN it would poison every gradient."""
+    query, key = torch.full((1, 2, 8), -4.0).half(), torch.ones(1, 3, 8).half()  # scores of -32
+    mask = additive(torch.tensor([[[[True, False, True], [False, False, False]]]]), torch.float16)
+    assert attention(query, key, key, None, mask, 1).isfinite().all()
+    assert plain_attention(query[:, None], key[:, None], key[:, None], None, mask).isfinite().all()
 
 
 def inputs(rows: int, queries: int, keys: int, mask_rows: int, dtype=torch.float64):
@@ -135,3 +143,5 @@ def test_rms_norm_has_the_gradient_of_its_formula():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6, torch.float64), (states, weight))
     expected = weight * states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(rms_norm(states, weight, 1e-6, torch.float64), expected)
+    with torch.no_grad():  # another way there
+        torch.testing.assert_close(rms_norm(states, weight, 1e-6, torch.float64), expected)

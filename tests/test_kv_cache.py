@@ -81,6 +81,19 @@ def test_every_kind_writes_stocks_tokens(models, mode):
 
 
 @pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_assisted_generation_forgets_what_it_rejects(kind):
+    """Guessed tokens that stay in the cache are attended to; without a way to drop them `generate` ends in an AttributeError."""
+    stock, model = pair(layers=3)
+    ids, mask = prompts(5)
+    forced = torch.tensor([[0, 7, 9, 7, 8, 7, 9, 7, 8, 7]])  # what is guessed from: the model goes on otherwise
+    for row in range(5):
+        arguments = {"attention_mask": mask[row : row + 1], "max_new_tokens": 12, "decoder_input_ids": forced}
+        expected = stock.generate(ids[row : row + 1], **arguments)
+        found = model.generate(ids[row : row + 1], prompt_lookup_num_tokens=3, cache_kind=kind, **arguments)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_steps_are_the_whole_sequence(kind):
     """Breaks when decoding in steps of one or several tokens departs from the forward pass over all of them."""
     _, model = pair()
