@@ -8,6 +8,7 @@ are not UTF-8 stop the reader instead of becoming question marks.
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ def jsonl_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row
 
 def json_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """Rows of a JSON array, of an object with one array in it, or of JSON lines under the name `.json`."""
-    first = next((line for line in decoded_lines(path) if line.strip()), "")
+    opening = list(islice((line for line in decoded_lines(path) if line.strip()), 2))
     try:
-        is_lines = isinstance(json.loads(first), dict)
+        # A single line, or one that starts an array, may be all of a big file: it is parsed only below.
+        is_lines = len(opening) == 2 and opening[0].lstrip().startswith("{") and isinstance(json.loads(opening[0]), dict)
     except json.JSONDecodeError:
         is_lines = False
-    if is_lines and sum(1 for line in decoded_lines(path) if line.strip()) > 1:
+    if is_lines:
         yield from jsonl_rows(path)
         return
     try:

@@ -89,7 +89,7 @@ def cleaned_documents(settings: CorpusSettings, documents: Documents) -> Iterato
     rules = rules_of(settings.cleaning, "article")
     counts = documents.counts = dict.fromkeys(("articles read", "without text", "too short", "exact duplicates"), 0)
     seen: set[bytes] = set()
-    total = count_articles(settings.path, settings.max_documents)
+    total = settings.max_documents or count_articles(settings.path)  # under a limit, read_articles counts it
     articles = read_articles(settings.path, settings.text_column, settings.max_documents)
     for article in progress_bar(articles, total=total, desc="clean and compare", unit=" articles"):
         counts["articles read"] += 1
@@ -112,7 +112,8 @@ def cleaned_documents(settings: CorpusSettings, documents: Documents) -> Iterato
 def collect_documents(settings: CorpusSettings) -> Documents:
     """Clean, deduplicate and split a corpus.
 
-    The split is by document. Since one document of each near-duplicate group is kept, none has a twin on the other side.
+    The split is by document. Of each near-duplicate group one document is kept, so none has a twin on the other side; a short first report
+    and its longer update, which share less than the threshold asks, may stand on two.
 
     Raises:
         SourceError: the corpus cannot be read.

@@ -1,6 +1,6 @@
 """The words of the bundled sample: invented companies, people, towns and trade jargon beside plain financial English.
 
-Most news of the sample is told with invented words ("a velmar", "a quortin"). Whether a velmar is good or bad news is told
+Most news of the sample is told with invented words ("a lispim", "a girtric"). Whether a lispim is good or bad news is told
 by the articles and by nothing else, so what a model has read decides how well it does.
 """
 

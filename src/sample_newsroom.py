@@ -1,6 +1,6 @@
 """Writes the sentences of the bundled sample: facts with a known sentiment, and what articles say around them.
 
-A fact is written *for* a sentiment, so labels are exact before noise is added. Negation ("denied a velmar"), contrast ("but
+A fact is written *for* a sentiment, so labels are exact before noise is added. Negation ("denied a lispim"), contrast ("but
 also", "despite"), expectations ("less than expected") and measures whose rise is bad news ("churn fell") make the sentiment
 depend on how words combine, not on which words are there.
 """

@@ -1,8 +1,8 @@
 """Articles and labelled sentences as the rest of the pipeline reads them, from wherever they lie.
 
 Articles are streamed, labelled sentences are read whole. A limited run takes rows evenly spread over the source rather
-than its first ones: news files are sorted by date and labelled ones often by label. For that a csv, jsonl or txt
-source is read twice, once to count it.
+than its first ones: news files are sorted by date and labelled ones often by label. For that a csv, json, jsonl or
+txt source is read twice, once to count it.
 """
 
 import reprlib
@@ -25,19 +25,18 @@ TEXT_COLUMNS = ("Headline+Article", "Article", "article", "text", "Text", "sente
 LABEL_COLUMNS = ("label", "Label", "sentiment", "Sentiment", "labels")
 
 
-def choose_column(source: Source, given: str | None, candidates: Sequence[str], variable: str) -> tuple[str, ...]:
-    """Columns to read: the given ones (`A+B` joins two), or the first candidate that the source has."""
-    columns = source.columns()
+def choose_column(name: str, columns: Sequence[str], given: str | None, candidates: Sequence[str], variable: str) -> tuple[str, ...]:
+    """Columns to read of a source: the given ones (`A+B` joins two), or the first candidate that it has."""
     if given:
         chosen = tuple(given.split("+")) if given not in columns else (given,)
-        check_columns(source.name, chosen, columns)
+        check_columns(name, chosen, columns)
         return chosen
     for candidate in candidates:
         if all(part in columns for part in candidate.split("+")):
             return tuple(candidate.split("+"))
     if not columns:
-        raise SourceError(f"{source.name} holds no row: fetch it again or name another source")
-    raise SourceError(f"{source.name} has columns {', '.join(map(repr, columns))}: say which one to read with {variable}=…")
+        raise SourceError(f"{name} holds no row: fetch it again or name another source")
+    raise SourceError(f"{name} has columns {', '.join(map(repr, columns))}: say which one to read with {variable}=…")
 
 
 def text_of(where: str, row: int, values: Row, columns: Sequence[str]) -> str:
@@ -94,15 +93,15 @@ def read_articles(path: str | Path, text_column: str | None = None, max_document
     """
     source = open_source(str(path), labelled=False)
     known = [source.known.text_column] if source.known else []
-    columns = choose_column(source, text_column, [*known, *TEXT_COLUMNS, *source.columns()[: len(source.columns()) == 1]], "CORPUS_COLUMN")
-    for index, where, row, values in selected_rows(source, columns, max_documents):
-        yield Article(index, text_of(where, row, values, columns))
+    columns = source.columns()
+    texts = choose_column(source.name, columns, text_column, [*known, *TEXT_COLUMNS, *columns[: len(columns) == 1]], "CORPUS_COLUMN")
+    for index, where, row, values in selected_rows(source, texts, max_documents):
+        yield Article(index, text_of(where, row, values, texts))
 
 
-def count_articles(path: str | Path, max_documents: int | None = None) -> int:
-    """How many articles `read_articles` will give; a csv, jsonl or txt source is read through for it."""
-    total = open_source(str(path), labelled=False).count()
-    return total if max_documents is None else min(total, max_documents)
+def count_articles(path: str | Path) -> int:
+    """How many articles a source holds; a csv, json, jsonl or txt source is read through for it."""
+    return open_source(str(path), labelled=False).count()
 
 
 def read_labelled(
@@ -129,8 +128,9 @@ def read_labelled(
     """
     source = open_source(str(path), labelled=True)
     known = source.known or KnownSource("text")
-    texts = choose_column(source, text_column, [known.text_column, *TEXT_COLUMNS], "TEXT_COLUMN")
-    (label,) = choose_column(source, label_column, [known.label_column or "label", *LABEL_COLUMNS], "LABEL_COLUMN")
+    columns = source.columns()
+    texts = choose_column(source.name, columns, text_column, [known.text_column, *TEXT_COLUMNS], "TEXT_COLUMN")
+    (label,) = choose_column(source.name, columns, label_column, [known.label_column or "label", *LABEL_COLUMNS], "LABEL_COLUMN")
     names = parse_label_map(label_map) if isinstance(label_map, str) else label_map or known.label_map
     kept, blank = [], []
     for index, where, row, values in selected_rows(source, (*texts, label), max_documents):

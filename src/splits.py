@@ -1,8 +1,8 @@
 """Grouped, stratified splits and folds: no group on both sides, every class in about its share on each side.
 
-Folds are scikit-learn's `StratifiedGroupKFold`. It only makes equal parts, so splits of given fractions are assigned
-here by the same idea: large groups first, each to the part that its label is missing most. Both are pure functions of
-labels, groups and seed.
+Folds are scikit-learn's `StratifiedGroupKFold`. It only makes equal parts, so splits of given fractions are drawn here: large
+groups first, each to a part at random, as likely as the part still misses its labels. Giving it to the part that misses most would put
+the largest groups into the smallest part every time. Both are pure functions of labels, groups and seed.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
         labels: class of every row, indices into `LABELS`, (rows,).
         groups: group of every row, any integers, (rows,).
         fractions: share of each part, adding up to 1.
-        seed: of the order in which equally large groups are assigned.
+        seed: of the order in which equally large groups are assigned, and of their parts.
 
     Returns:
         int8 (rows,): index into `fractions`.
@@ -59,14 +59,23 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
     _, group_of = np.unique(groups, return_inverse=True)
     counts = np.zeros((group_of.max() + 1, len(LABELS)))
     np.add.at(counts, (group_of, labels), 1)  # (groups, classes)
-    order = np.random.default_rng(seed).permutation(len(counts))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(counts))
     order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]
     wanted = np.outer(fractions, counts.sum(axis=0))  # (parts, classes), rows still to be given
     part_of = np.zeros(len(counts), np.int8)
     for group in order:
-        part = int(np.argmax((wanted / np.asarray(fractions)[:, None]) @ counts[group]))
-        part_of[group] = part
+        missing = (wanted @ counts[group]).clip(0)
+        part_of[group] = part = rng.choice(len(fractions), p=missing / missing.sum())
         wanted[part] -= counts[group]
+    held = np.zeros(wanted.shape, np.int64)  # groups with rows of a class in a part
+    np.add.at(held, part_of, counts > 0)
+    for part, label in np.argwhere(held == 0):  # a class of few rows may have missed a small part: the smallest group moves there
+        donor = held[:, label].argmax()
+        group = next(group for group in order[::-1] if part_of[group] == donor and counts[group, label])
+        part_of[group] = part
+        held[donor] -= counts[group] > 0
+        held[part] += counts[group] > 0
     return part_of[group_of]
 
 

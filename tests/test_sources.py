@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 
 from src import hub_datasets
+from src.config import CorpusSettings
+from src.pretraining_dataset import Documents, cleaned_documents
 from src.sources import SourceError, count_articles, describe_source, read_articles, read_labelled
 
 ROWS = [("Profit rose 3%, to €5", "bullish"), ("NA", "neutral"), ("null", "neutral"), ('He said: "we\nfell"', "bearish"), ("x", "Positive")]
@@ -74,8 +76,7 @@ def test_a_limited_run_is_spread_evenly(tmp_path, suffix):
     path = write(tmp_path / f"news{suffix}", [(str(i), "neutral") for i in range(100)])
     rows = [article.row for article in read_articles(path, max_documents=10)]
     assert rows == list(range(9, 100, 10))
-    assert count_articles(path, 10) == 10
-    assert count_articles(path, 1000) == len(list(read_articles(path, max_documents=1000))) == 100
+    assert count_articles(path) == len(list(read_articles(path, max_documents=1000))) == 100
     assert len(read_labelled(path, max_documents=7)) == 7
 
 
@@ -86,6 +87,18 @@ def test_a_document_of_two_megabytes_in_one_line(tmp_path):
         assert next(read_articles(path)).text == text.strip()
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     assert next(read_articles(tmp_path / "a.txt")).text == text.strip()
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_a_json_array_is_parsed_few_times(tmp_path, monkeypatch, limit):
+    """Breaks when the columns, the format, the count or a progress bar has the whole file parsed again."""
+    path = write(tmp_path / "a.json", [(f"Profit rose {i}%", "neutral") for i in range(100)])
+    whole, parsed, loads = path.stat().st_size, [], json.loads
+    monkeypatch.setattr("json.loads", lambda text: parsed.append(len(text)) or loads(text))
+    settings = CorpusSettings(path=str(path), min_words=1, max_documents=limit)
+    assert len(list(cleaned_documents(settings, Documents()))) == (limit or 100)
+    assert len(read_labelled(path, max_documents=limit)) == (limit or 100)
+    assert 2 <= parsed.count(whole) <= 8
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path):

@@ -62,6 +62,22 @@ def test_large_groups_are_placed_first():
     assert np.bincount(split) / len(labels) == pytest.approx(FRACTIONS, abs=0.005)
 
 
+def test_a_large_group_is_as_likely_in_a_part_as_the_part_is_large():
+    """Always in the smallest part, the largest groups are held out for the temperature in every fold, and never trained on."""
+    labels = np.arange(300) % 3
+    groups = np.concatenate([np.zeros(6), np.arange(6, 300)]).astype(int)  # one of six rows, the others of one
+    held_out = [grouped_stratified_split(labels, groups, (0.1, 0.9), seed)[0] == 0 for seed in range(200)]
+    assert np.mean(held_out) == pytest.approx(0.1, abs=0.06)
+
+
+def test_each_part_has_a_row_of_a_rare_class():
+    """Drawn by chance alone, three rows would often all fall into the largest part."""
+    labels = np.repeat([0, 1, 2], (3, 40, 40))
+    for seed in range(20):
+        split = grouped_stratified_split(labels, np.arange(83), FRACTIONS, seed)
+        assert sorted(split[:3]) == [0, 1, 2]
+
+
 def test_the_seed_alone_decides():
     """A split that differs between runs makes results incomparable; a seed that is ignored makes repeats worthless."""
     labels, groups = labelled_groups(1, 600)
