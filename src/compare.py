@@ -4,15 +4,15 @@ Every model sees the same grouped, stratified folds; scores are taken over all f
 labels, sixty or 2 % are held out to fit a fine-tuned model's temperature; the weights judged are those of its last step. Several seeds
 are averaged in probability (one model made of several) and each is also listed alone. With `--split-seeds` the folds are drawn several
 times: scores are the mean over draws, each is also listed alone, and a text still counts once in an interval. With `--validation` a
-published split is judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows alone; with
-`--fractions` the label-efficiency curve is drawn as well.
+published split is judged instead of folds; with `--rates` each model's learning rate is chosen first, on validation rows of the first
+folds (rows that other folds judge; with `--validation` they are apart); with `--fractions` the label-efficiency curve is drawn as well.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ import pandas as pd
 
 from src.artifacts import data_digest, installed_versions, open_artifact, published_command
 from src.baselines import BASELINES
-from src.cross_validation import CONTESTANTS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
+from src.config import TrainingSettings
+from src.cross_validation import CONTESTANTS, METHODS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
+from src.deduplication import near_duplicate_groups
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
+from src.finetuning import MODEL_NAMES
 from src.finetuning_dataset import check_published_classes
+from src.precision import precision_of
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
 from src.sources import describe_source
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
-REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init")  # what every pre-trained model is compared with
+REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init")  # what every fine-tuned model is compared with, beside its own adapters
 
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
@@ -82,8 +86,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
     base = arguments.base or open_artifact(settings, "pretrained").path
     folder = artifacts_folder(settings.profile) / "comparison"
-    tasks = {"classification": settings.classification, "text_to_text": settings.text_to_text}
-    runner = Runner(folder, base, tasks, settings.adaptation, arguments.processes)
+    tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
+    runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes)
     seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     plans = [(model, {"learning_rate": rates.get(model, {}).get("learning_rate")}) for model in models]
@@ -102,6 +106,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def decided(settings: TrainingSettings) -> Any:
+    """With the number format of this device in place of "auto": a job that was done in another one is another job."""
+    return replace(settings, precision=precision_of(settings))
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
     overrides: dict[str, Any] = {}
     for option in ("text_column", "label_column", "label_map"):
@@ -111,7 +120,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:
-    """The folds of each draw, numbered on from draw to draw, or the published split, its texts that also stand in the training rows marked.
+    """The folds of each draw, numbered on from draw to draw, or the published split, its near duplicates of training rows marked.
 
     Raises:
         ComparisonError: several draws are asked of a published split.
@@ -127,7 +136,10 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
         raise ComparisonError("a published split has no folds to draw: give one of --split-seeds, or several --seeds")
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
     check_published_classes(test)
-    yield Split(draws[0], draws[0], rows, test.assign(overlap=test["key"].isin(set(rows["key"]))))
+    texts = pd.concat([rows["text"], test["text"]])
+    groups = near_duplicate_groups(texts, settings.labelled.near_duplicate_threshold, settings.labelled.near_duplicate_ngram)
+    seen = np.isin(groups[len(rows) :], groups[: len(rows)]) | test["key"].isin(set(rows["key"]))
+    yield Split(draws[0], draws[0], rows, test.assign(overlap=seen))
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -216,9 +228,8 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
         if overlap and (rest := scores_without(predictions[model], overlap)):
             entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
         models.append(entry)
-    pairs = [
-        (model, other) for model in predictions for other in REFERENCES if model in CONTESTANTS and other in predictions and model != other
-    ]
+    others = {model: [*REFERENCES, *(f"{model}_{method}" for method in METHODS)] for model in predictions if model in CONTESTANTS}
+    pairs = [(model, other) for model in others for other in others[model] if other in predictions and model != other]
     return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}
 
 

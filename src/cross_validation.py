@@ -210,6 +210,8 @@ class Runner:
         fraction = max(VALIDATION_ROWS / len(labelled), RATE_VALIDATION if job.judged == "validation" else VALIDATION)
         validation, train = part_of(labelled, min(MOST_VALIDATION, fraction), job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
+        if job.fraction < 1:  # the curve's scores need no temperature: train on all, as TF-IDF does
+            train = labelled
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(
             contestant.task,

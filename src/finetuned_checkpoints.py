@@ -124,7 +124,7 @@ def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings,
     if about["method"] == "full":
         model = load_full(about["task"], folder).to(torch.bfloat16)
     else:
-        base = load_base(about["task"], base_folder, settings)
+        base = load_base(about["task"], base_folder, settings).to(frozen_dtype(settings))  # what was quantised in training
         model = merge_to_16_bit(base, folder, base_folder, compute_dtype=precision_dtype(settings))
     with quiet_transformers():
         model.save_pretrained(target)

@@ -73,16 +73,16 @@ class Classifier:
             batch_size: texts tokenised and packed at a time.
 
         Raises:
-            PredictionError: no text, or a blank one.
+            PredictionError: no text, or one that is blank once it is cleaned.
         """
         texts = list(texts)
         if not texts:
             raise PredictionError("there is no text to classify")
-        blank = next((number for number, text in enumerate(texts, 1) if not text.strip()), None)
-        if blank is not None:
-            raise PredictionError(f"text {blank} of {len(texts)} is blank")
-        function = class_probabilities if self.task == "classification" else label_likelihoods
         cleaned = [clean_sentence(text, self.cleaning) for text in texts]
+        blank = next((number for number, text in enumerate(cleaned, 1) if not text.strip()), None)
+        if blank is not None:
+            raise PredictionError(f"text {blank} of {len(texts)} is blank, or was nothing but a link or a dateline: leave it out")
+        function = class_probabilities if self.task == "classification" else label_likelihoods
         parts = [cleaned[start : start + batch_size] for start in range(0, len(texts), batch_size)]
         probabilities = np.concatenate([function(self.model, self.tokenizer, part, self.settings) for part in parts])
         probabilities = scale_temperature(probabilities, self.temperature)

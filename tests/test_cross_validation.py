@@ -61,6 +61,9 @@ def test_labels_are_held_out_only_as_far_as_they_are_needed(monkeypatch):
         assert seen["held out"] == pytest.approx(expected, rel=0.1)
         assert seen["train"] + seen["held out"] == len(labelled)
         assert seen["settings"].evaluate_every > 10**6
+    with pytest.raises(KeyboardInterrupt):
+        runner.judge(cross_validation.Job("pretrained_head", 0, 0, fraction=0.05), few[:100], few, Path())
+    assert seen["train"] == 100  # the curve gives TF-IDF as many
 
 
 def test_jobs_of_another_version_are_told_in_one_line(tmp_path, recwarn):

@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,6 +98,22 @@ def test_exported_model_is_stock_and_says_the_same(base, tmp_path, method):
     assert type(stock).__module__.startswith("transformers.")
     written = inference.generate_labels(stock, tuned.tokenizer, SPLITS["test"]["text"].tolist(), chosen)
     assert inference.label_ids_of(written).tolist() == tuned.generated["prediction"].tolist()
+
+
+def test_an_adapter_is_merged_onto_the_weights_that_it_was_trained_on(base, tmp_path):
+    """In bf16 those are rounded before they are quantised, which moves a quarter of them to another of the 16 levels."""
+    chosen = settings("qlora", precision="bf16", max_steps=1, learning_rate=1e-9)  # an adapter that adds nothing
+    tuned = finetuning.finetune("text_to_text", base, SPLITS, chosen, tmp_path / "checkpoints")
+    (tmp_path / "saved").mkdir()
+    finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "text_to_text", chosen, 1.0, "default")
+    finetuned_checkpoints.export_merged(tmp_path / "saved", base, chosen, tmp_path / "merged")
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    quantised = {name: module for name, module in tuned.model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(quantised) > 10
+    for name, module in quantised.items():
+        weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        stock = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer")).weight
+        torch.testing.assert_close(weight.bfloat16(), stock.detach().bfloat16(), rtol=1e-2, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("task", ["classification", "text_to_text"])

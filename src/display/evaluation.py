@@ -21,6 +21,8 @@ from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_t
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
+KINDS = {ACCENT: "pre-trained", INK: "the same T5 from random initialisation", MUTED: "baseline"}  # of models, by `colour_of`
+FEWEST_TEXTS = 5  # in a bin of the reliability diagram: the accuracy of fewer says nothing
 
 
 def colour_of(model: str) -> str:
@@ -97,17 +99,17 @@ def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Table:
     return Table(pd.DataFrame(rows)).format(formats).hide(axis="index")
 
 
-def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -> Figure:
+def intervals_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
     """The picture to remember: every model's accuracy and macro-F1 with its 95 % interval, best at the top."""
     ordered = sorted(metrics, key=lambda result: result["macro_f1"])
-    figure, panels = plt.subplots(1, 2, figsize=(10, 0.42 * len(ordered) + 1.4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 0.42 * len(ordered) + 1.4), sharey=True, layout="constrained")
     for axes, name, label in zip(panels, ("macro_f1", "accuracy"), ("macro-F1", "accuracy"), strict=True):
         plain_axes(axes).grid(axis="y", visible=False)
         for position, result in enumerate(ordered):
             low, high = result[f"{name}_ci95"]
             colour = colour_of(result["model"])
             axes.plot([low, high], [position, position], color=colour, linewidth=2.5, solid_capstyle="round", alpha=0.55)
-            axes.plot(result[name], position, "o", color=colour, markersize=7)
+            axes.plot(result[name], position, "o", color=colour, markersize=7, label=KINDS[colour])
             axes.annotate(
                 f"{result[name]:.3f}", (high, position), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
             )
@@ -116,8 +118,11 @@ def intervals_figure(metrics: Sequence[Mapping[str, object]], title: str = "") -
         left, right = axes.get_xlim()
         axes.set_xlim(left, right + 0.14 * (right - left))  # room for the rightmost number
     panels[0].set_yticks(range(len(ordered)), [result["model"] for result in ordered])
-    figure.suptitle(title, color=INK, fontsize=11)
-    return finished(figure)
+    handles, kinds = panels[0].get_legend_handles_labels()
+    entries = dict(zip(kinds[::-1], handles[::-1], strict=True))  # one for each kind, the best first
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), frameon=False, fontsize=9)
+    plt.close(figure)  # constrained layout, so not `finished`, which would lay it out anew
+    return figure
 
 
 def confusion_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
@@ -148,15 +153,17 @@ def reliability_figure(predictions: pd.DataFrame, metrics: Mapping[str, object])
     if "temperature" in metrics:
         scaled = scale_temperature(probabilities, metrics["temperature"])
         panels.append((f"temperature {metrics['temperature']:.2f}", scaled, metrics["ece_scaled"]))
-    figure, axes_row = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False)
+    figure, axes_row = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.7), sharey=True, squeeze=False)
     for axes, (name, values, error) in zip(axes_row[0], panels, strict=True):
-        bins = reliability_bins(values, labels)
+        bins = reliability_bins(values, labels).query("rows >= @FEWEST_TEXTS")
         plain_axes(axes).plot([0.3, 1], [0.3, 1], color=MUTED, linestyle="--", linewidth=1)
         axes.plot(bins["confidence"], bins["accuracy"], color=ACCENT, linewidth=1)
-        axes.scatter(bins["confidence"], bins["accuracy"], s=15 + 250 * bins["rows"] / bins["rows"].sum(), color=ACCENT, alpha=0.7)
+        areas = 700 * bins["rows"] / len(labels)
+        axes.scatter(bins["confidence"], bins["accuracy"], s=areas, color=ACCENT, alpha=0.7, linewidth=0, clip_on=False)
         axes.set(xlim=(0.3, 1.03), ylim=(0, 1.05), xlabel="confidence")
         axes.set_title(f"{name}: ECE {error:.3f}", fontsize=10, color=INK)
     axes_row[0][0].set_ylabel("accuracy")
+    figure.suptitle(f"a circle's area is its number of texts, {FEWEST_TEXTS} or more", fontsize=9, color=INK)
     return finished(figure)
 
 
@@ -187,7 +194,11 @@ def parameters_table(table: pd.DataFrame) -> Table:
 
 
 def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Training loss, validation loss and validation macro-F1 of several runs over their steps; `logs` by model."""
+    """Training loss, validation loss and validation macro-F1 of several runs of one task over their steps; `logs` by model.
+
+    Text to text trains on every piece of a label and is validated on whole labels: the two losses cannot be compared.
+    """
+    trained_on = "piece of the label" if any("text_to_text" in model for model in logs) else "text"
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), dpi=80, layout="constrained")
     for model, log in logs.items():
         records = pd.DataFrame(log).set_index("step")
@@ -195,7 +206,8 @@ def learning_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
             values = records[column].dropna()
             values = values.ewm(span=max(2, len(values) // 20)).mean() if column == "loss" else values
             axes.plot(values.index, values, color=colour_of(model), marker="o" if column != "loss" else "", markersize=3, label=model)
-    for axes, title in zip(panels, ("training loss", "validation loss", "validation macro-F1"), strict=True):
+    titles = (f"training loss, per {trained_on}", "validation loss, per text", "validation macro-F1")
+    for axes, title in zip(panels, titles, strict=True):
         plain_axes(axes).set_title(title, fontsize=10, color=INK)
         axes.set_xlabel("step")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(logs), frameon=False, fontsize=9)
