@@ -11,6 +11,12 @@ OPTIONS := CORPUS CORPUS_COLUMN MAX_DOCUMENTS LABELLED VALIDATION TEXT_COLUMN LA
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
 ARGUMENTS = --profile "$(PROFILE)" $(foreach o,$(OPTIONS),$(if $($(o)),--$(call lower,$(o)) "$($(o))")) $(foreach s,$(SET),--set "$(s)")
 
+# A misspelt variable would silently mean the profile's own data.
+KNOWN := PYTHON VENV PROFILE SET TESTS $(OPTIONS)
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
+UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
+$(if $(UNKNOWN),$(error no such variable: $(UNKNOWN). There are $(KNOWN)))
+
 .PHONY: setup run test lint format notebooks clean
 setup: $(READY)
 

@@ -10,13 +10,12 @@ import shutil
 import sys
 from collections.abc import Mapping
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.record import RESULTS
-from src.artifacts import ArtifactError, data_digest, open_artifact
+from src.artifacts import ArtifactError, data_digest, open_artifact, published_value
 from src.config import SettingsError
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.pipeline import OPTIONS
@@ -27,21 +26,21 @@ WEIGHTS = "model.safetensors"
 
 
 def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
-    """The `make run` that these overrides come from; those that change nothing are left out, and of a path only its name stays."""
+    """The `make run` that these overrides come from; those that change nothing are left out."""
     default, variables, sets = settings_for(profile), {"PROFILE": profile}, []
     options = {key: option.upper() for option, (key, _) in OPTIONS.items()}
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         if getattr(getattr(default, section), name) == value:
             continue
-        shown = Path(value).name if name == "path" else value
+        shown = published_value(value) if isinstance(value, str) else json.dumps(value)
         if key in options:
             variables[options[key]] = shown
         else:
-            sets.append(f"{key}={shown if isinstance(shown, str) else json.dumps(shown)}")
+            sets.append(f"{key}={shown}")
     if sets:
         variables["SET"] = " ".join(sets)
-    return "make run " + " ".join(f"{name}={shlex.quote(str(value))}" for name, value in variables.items())
+    return "make run " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def publish(profile: str, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Copy the numbers under `results/` into the pages that show them: `python -m benchmarks.readme` (`--check` only compares).
 
 A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, of comparisons of
-models, it becomes one with a column a name.
+models, it becomes one with a column a name. `<!-- summary NAME NAME -->` is that one with the differences from one baseline only.
 """
 
 import json
@@ -17,9 +17,10 @@ from src.evaluation import COSTS
 ROOT = Path(__file__).parent.parent
 NOT_JUDGED = "–"
 PAGES = ("README.md", "results/README.md")
-BLOCK = re.compile(r"(<!-- results ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|summary) ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SUMMARY_BASELINE, CONTROL = "tfidf_word_list_svm", "random_init"
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
-OVERLAP_COLUMNS = {"accuracy": "accuracy without texts of train", "macro_f1": "macro-F1 without texts of train"}
+OVERLAP_COLUMNS = {"accuracy": "accuracy without near duplicates of train", "macro_f1": "macro-F1 without near duplicates of train"}
 # What a benchmark's keys mean; a key that is plain words is shown as those.
 TITLES = {
     "speed_ratio_dropout0": "speed without dropout, ours / stock",
@@ -37,6 +38,10 @@ TITLES = {
     "speed_ratio_b1": "speed, batch 1, bf16, slim / standard",
     "speed_ratio_b64_fp32": "speed, batch 64, float32, slim / standard",
     "speed_ratio_b1_fp32": "speed, batch 1, float32, slim / standard",
+    "stock_ratio_b64": "speed, batch 64, bf16, slim / stock transformers",
+    "stock_ratio_b1": "speed, batch 1, bf16, slim / stock transformers",
+    "stock_ratio_b64_fp32": "speed, batch 64, float32, slim / stock transformers",
+    "stock_ratio_b1_fp32": "speed, batch 1, float32, slim / stock transformers",
     "error_ratio_bf16": "error in bf16, slim / standard",
     "speed_ratio_pad512": "speed, packed / padded to 512",
     "speed_ratio_bucketed": "speed, packed / padded in buckets of length",
@@ -92,10 +97,10 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def comparisons_table(records: Mapping[str, Mapping[str, Any]], summary: bool = False) -> list[str]:
     """One column a comparison: scores of the models, and the paired differences between them; "–" where one was not judged.
 
-    The least behind the best stands first: by mean score, a model that was judged only where all score high would lead.
+    A `summary` has the differences of the pre-trained models from `SUMMARY_BASELINE` alone. The least behind the best stands first: by mean score, a model that was judged only where all score high would lead.
     """
     scores = [{model["name"]: model for model in record["models"]} for record in records.values()]
     best = [max(model["macro_f1"] for model in models.values()) for models in scores]
@@ -106,6 +111,7 @@ def comparisons_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = sorted(dict.fromkeys(name for models in scores for name in models), key=behind)
     paired = [{(pair["first"], pair["second"]): pair for pair in record["comparisons"]} for record in records.values()]
     pairs = [(first, second) for first in names for second in names if any((first, second) in found for found in paired)]
+    pairs = [pair for pair in pairs if not summary or (pair[1] == SUMMARY_BASELINE and pair[0] != CONTROL)]
     rows = [[name, *(score(models.get(name)) for models in scores)] for name in names]
     differences = [[f"{first} over {second}", *(difference(found.get((first, second))) for found in paired)] for first, second in pairs]
     lines = []
@@ -126,11 +132,11 @@ def difference(pair: Mapping[str, Any] | None) -> str:
     return f"{pair['accuracy_difference']:+.3f}, {low:+.3f} to {high:+.3f}"
 
 
-def table(names: str) -> str:
-    """The Markdown table of one results file, or of several comparisons."""
+def table(names: str, summary: bool = False) -> str:
+    """The Markdown table of one results file, or of several comparisons, which can be a summary."""
     records = {name: json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in names.split()}
     if len(records) > 1:
-        return "\n".join([*comparisons_table(records), ""])
+        return "\n".join([*comparisons_table(records, summary), ""])
     (record,) = records.values()
     result = record.get("result", record)
     lines = models_table(result["models"]) if "models" in result else scalars_table(result) + cases_table(result)
@@ -139,7 +145,7 @@ def table(names: str) -> str:
 
 
 def render(page: str) -> str:
-    return BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], page)
+    return BLOCK.sub(lambda block: block[1] + table(block[3], block[2] == "summary") + block[4], page)
 
 
 def main() -> int:

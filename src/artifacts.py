@@ -98,13 +98,15 @@ def data_digest(sources: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def published_command(module: str, arguments: Sequence[str]) -> str:
-    """A command line as readers may see it: of a path outside this project only its last part, which names the data."""
-    shown = []
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")
-        outside = os.path.isabs(value) or Path(value).parts[:1] == ("..",)
-        shown.append(option + equals + (Path(value).name if outside else value))
-    return shlex.join(["python", "-m", module, *shown])
+    """A command line as readers may see it."""
+    parts = (argument.rpartition("=") for argument in arguments)
+    return shlex.join(["python", "-m", module, *(option + equals + published_value(value) for option, equals, value in parts)])
+
+
+def published_value(value: str) -> str:
+    """Of a path outside this project only its last part, which names the data."""
+    outside = os.path.isabs(value) or Path(value).parts[:1] == ("..",)
+    return Path(value).name if outside else value
 
 
 def installed_versions() -> dict[str, str]:

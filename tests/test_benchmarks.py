@@ -44,7 +44,7 @@ def test_results_become_tables(tmp_path, monkeypatch):
         assert line in page
     models = [line for line in page.splitlines() if line.startswith(("| model", "| svm", "| head"))]
     assert models == [
-        "| model | accuracy | 95 % | macro-F1 | accuracy without texts of train | parameters, M | training, s |",
+        "| model | accuracy | 95 % | macro-F1 | accuracy without near duplicates of train | parameters, M | training, s |",
         "| head | 0.875 | 0.500 to 1.00 | 0.800 |  | 15.12 | 12.50 |",
         "| svm | 0.750 | 0.500 to 1.00 | 0.700 | 0.625 |  |  |",
     ]
@@ -72,6 +72,11 @@ def test_comparisons_share_a_table(tmp_path, monkeypatch):
         "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
         "| lora over svm | +0.062, -0.010 to +0.125 | – |",
     ]
+    monkeypatch.setattr(readme, "SUMMARY_BASELINE", "svm")
+    monkeypatch.setattr(readme, "CONTROL", "lora")
+    assert [line for line in readme.render("<!-- summary tweets news -->\n<!-- end -->").splitlines() if "over svm" in line] == [
+        "| head over svm | +0.062, -0.010 to +0.125 | +0.062, -0.010 to +0.125 |",
+    ]
 
 
 def test_decoding_is_compared_with_the_standard_cache_of_the_same_case():
@@ -82,11 +87,15 @@ def test_decoding_is_compared_with_the_standard_cache_of_the_same_case():
 
     standard = [case(1, "bf16", "kv", 600, 10.0), case(8, "bf16", "kv", 4800, 20.0), case(1, "fp32", "kv", 1200, 5.0)]
     slim = [case(1, "fp32", "x+e", 200, 4.0), case(1, "bf16", "x+e", 100, 15.0), case(8, "bf16", "x+e", 800, 40.0)]
-    assert decoding.over_the_grid([*standard, *slim, case(1, "bf16", "k+e", 300, 99.0)]) == {
+    stock = [case(1, "bf16", "stock", 700, 12.0), case(8, "bf16", "stock", 5000, 50.0), case(1, "fp32", "stock", 1300, 8.0)]
+    assert decoding.over_the_grid([*standard, *slim, *stock, case(1, "bf16", "k+e", 300, 99.0)]) == {
         "smaller": {"40_to_4": 6.0},
         "faster_fp32_batch_1": {"40_to_4": 0.8},
         "faster_bf16_batch_1": {"40_to_4": 1.5},
         "faster_bf16_batch_8": {"40_to_4": 2.0},
+        "faster_than_stock_fp32_batch_1": {"40_to_4": 0.5},
+        "faster_than_stock_bf16_batch_1": {"40_to_4": 1.25},
+        "faster_than_stock_bf16_batch_8": {"40_to_4": 0.8},
     }
 
 
@@ -100,6 +109,9 @@ def test_the_command_of_a_published_model_makes_it_again():
     """An override that went missing, or one that the reader's own path replaces, makes another model."""
     overrides = {"corpus.path": "/data/news", "pretraining.max_minutes": 7.0, "pretraining.optimizer": "muon", "pretraining.seed": 3}
     assert make_command("mini", overrides) == "make run PROFILE=mini CORPUS=news MINUTES=7.0 SET=pretraining.seed=3"
+    overrides = {"corpus.path": "genloop/news", "corpus.tokenizer": "/home/me/mini", "pretraining.initialisation": "results/mini"}
+    command = "make run PROFILE=mini CORPUS=genloop/news SET='corpus.tokenizer=mini pretraining.initialisation=results/mini'"
+    assert make_command("mini", overrides) == command
 
 
 def test_a_failed_benchmark_records_nothing():
