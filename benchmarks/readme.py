@@ -100,7 +100,8 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
 def comparisons_table(records: Mapping[str, Mapping[str, Any]], summary: bool = False) -> list[str]:
     """One column a comparison: scores of the models, and the paired differences between them; "–" where one was not judged.
 
-    A `summary` has the differences of the pre-trained models from `SUMMARY_BASELINE` alone. The least behind the best stands first: by mean score, a model that was judged only where all score high would lead.
+    A `summary` has the differences of the pre-trained models from `SUMMARY_BASELINE` alone. The least behind the best stands first: by mean
+    score, a model that was judged only where all score high would lead.
     """
     scores = [{model["name"]: model for model in record["models"]} for record in records.values()]
     best = [max(model["macro_f1"] for model in models.values()) for models in scores]

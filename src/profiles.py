@@ -82,7 +82,7 @@ PROFILES = {
             evaluate_every=50,
             checkpoint_every=100,
             validation_rows=48,
-            labelled_share=0.05,
+            labelled_share=0.1,
             precision="fp32",  # in bf16 a model this small learns which events are good or bad news some hundred steps later
         ),
         classification=FinetuningSettings(
