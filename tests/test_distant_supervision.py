@@ -55,6 +55,18 @@ def test_sentences_of_a_worked_text(tokenizer):
     ]
 
 
+def test_up_and_down_count_before_an_amount_only(tokenizer):
+    """Most of what is up in the news is set up, or up to somebody: one in ten bullish labels was wrong by this word."""
+    documents = [
+        "Shares of the group were up 4 percent in Asia.",
+        "Shares of the group were down $3 in Asia.",
+        "The group has set up a unit in Asia.",
+    ]
+    found = LabelledSentences(tokenized(documents, tokenizer), tokenizer)
+    assert [LABELS[label] for label in found.labels] == ["bullish", "bearish", "neutral"]
+    assert polar_word_counts(documents).tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
 def test_labels_are_those_of_the_words_in_the_text(sentences, tokenizer):
     """Words are put together from pieces here; a regular expression on the decoded text must find the same ones."""
     spans = [sentences.tokens[start : start + length] for start, length in zip(sentences.starts, sentences.lengths, strict=True)]
@@ -72,7 +84,7 @@ def test_what_is_taken_out(sentences, tokenizer):
     assert polar_word_counts(frame["text"]).sum() == 0
     polar = frame["label"] != LABEL_IDS["neutral"]
     words = frame.map(lambda value: len(str(value).split()))  # punctuation behind a word stays
-    assert (words["whole"] - words["text"])[polar].tolist() <= polar_word_counts(frame["whole"][polar]).sum(1).tolist()
+    assert ((words["whole"] - words["text"])[polar].to_numpy() <= polar_word_counts(frame["whole"][polar]).sum(1)).all()
     nothing = replace(pairs, removed=np.zeros_like(pairs.removed)).frame(tokenizer)
     assert nothing["text"].tolist() == nothing["whole"].tolist()
 
