@@ -23,12 +23,11 @@ from src.artifacts import data_digest, installed_versions, open_artifact, publis
 from src.baselines import BASELINES
 from src.config import TrainingSettings
 from src.cross_validation import CONTESTANTS, METHODS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
-from src.deduplication import near_duplicate_groups
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
 from src.finetuning import MODEL_NAMES
-from src.finetuning_dataset import check_published_classes
+from src.finetuning_dataset import check_published_classes, groups_of
 from src.precision import precision_of
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.qlora import base_digest
@@ -136,8 +135,7 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
         raise ComparisonError("a published split has no folds to draw: give one of --split-seeds, or several --seeds")
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
     check_published_classes(test)
-    texts = pd.concat([rows["text"], test["text"]])
-    groups = near_duplicate_groups(texts, settings.labelled.near_duplicate_threshold, settings.labelled.near_duplicate_ngram)
+    groups = groups_of(pd.concat([rows["text"], test["text"]]), settings.labelled)
     seen = np.isin(groups[len(rows) :], groups[: len(rows)]) | test["key"].isin(set(rows["key"]))
     yield Split(draws[0], draws[0], rows, test.assign(overlap=seen))
 

@@ -27,9 +27,8 @@ from src.adaptation import adapted_checkpoint
 from src.artifacts import code_digest
 from src.baselines import BASELINES
 from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
-from src.deduplication import near_duplicate_groups
 from src.finetuning import MODEL_NAMES, finetune, model_name
-from src.finetuning_dataset import drop_conflicts_and_repeats, loose_key, read_cleaned, text_ids
+from src.finetuning_dataset import drop_conflicts_and_repeats, groups_of, loose_key, read_cleaned, text_ids
 from src.progress import progress_bar
 from src.qlora import base_digest
 from src.splits import grouped_stratified_folds, grouped_stratified_split
@@ -103,7 +102,7 @@ def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = Fa
         drop_conflicts_and_repeats(texts, settings.boilerplate_count)
         texts.drop("exact duplicates", texts.frame.duplicated("key"))
     frame = texts.frame.assign(text_id=text_ids(texts.frame["key"]), key=texts.frame["key"].map(loose_key))
-    return frame.assign(group=near_duplicate_groups(frame["text"], settings.near_duplicate_threshold, settings.near_duplicate_ngram))
+    return frame.assign(group=groups_of(frame["text"], settings))
 
 
 def rows_digest(*parts: pd.DataFrame) -> str:

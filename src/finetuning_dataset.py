@@ -136,6 +136,11 @@ def drop_conflicts_and_repeats(texts: LabelledTexts, boilerplate_count: int) -> 
     texts.drop("boilerplate", own & (seen >= boilerplate_count))
 
 
+def groups_of(texts: Iterable[str], settings: LabelledSettings) -> np.ndarray:
+    """Group of every text, int64 (texts,): what the settings call near duplicates share one."""
+    return near_duplicate_groups(texts, settings.near_duplicate_threshold, settings.near_duplicate_ngram)
+
+
 def leak_of_random_split(texts: LabelledTexts, groups: np.ndarray, settings: LabelledSettings) -> dict[str, int]:
     """How many test texts would have a near duplicate in train if rows were split at random: what grouping prevents."""
     order = np.random.default_rng(settings.seed).permutation(len(groups))
@@ -149,7 +154,7 @@ def group_and_split(texts: LabelledTexts, settings: LabelledSettings) -> None:
     Raises:
         SplitError: a class is missing or too rare.
     """
-    groups = near_duplicate_groups(texts.frame["text"], settings.near_duplicate_threshold, settings.near_duplicate_ngram)
+    groups = groups_of(texts.frame["text"], settings)
     texts.leak = leak_of_random_split(texts, groups, settings)
     texts.frame["group"] = groups
     published = texts.frame["published"]
