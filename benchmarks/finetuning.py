@@ -126,7 +126,7 @@ def main() -> None:
     texts, labels = frame["text"].tolist(), frame["label"].to_numpy(np.int64)
     model, tokenizer, settings = build(arguments, texts)
     inputs = encode(texts, tokenizer, settings.inputs_length)
-    source = ClassificationBatches(texts, labels, tokenizer, settings, shuffle=True, truncate=True)
+    source = ClassificationBatches(texts, labels, tokenizer, settings)
     epoch = source.epoch(0)
     rows_per_step = settings.rows_per_step
     per_step = round(len(texts) * rows_per_step / epoch.num_rows)

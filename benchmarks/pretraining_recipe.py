@@ -155,7 +155,7 @@ def main() -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     folder = open_artifact(settings, "pretraining_dataset").path
     both = contestants(settings, tokenizer, tokenizer_folder, TokenizedDocuments.load(folder, "train"))
-    validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining, rows=16)
+    validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining)
     evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
     judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}
     budget = options.minutes * 60

@@ -11,8 +11,8 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from src.artifacts import installed_versions, published_command
-from src.environment import machine
+from src.artifacts import published_command
+from src.environment import installed_versions, machine
 
 RESULTS = Path(__file__).parent.parent / "results"
 

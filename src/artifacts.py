@@ -4,7 +4,6 @@ Changed bytes or settings block a reader; changed code only warns, because most 
 """
 
 import hashlib
-import importlib.metadata
 import os
 import shlex
 import warnings
@@ -16,12 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.environment import machine
+from src.environment import installed_versions, machine
 from src.profiles import Settings, artifacts_folder, settings_for
 from src.stages import stage_of
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, read_manifest, recover, verify_folder
-
-RECORDED_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy")
+from src.verified_folders import ArtifactError, atomic_folder, file_sha256, json_sha256, read_manifest, recover, verify_folder
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Artifact:
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what an artifact *is*: its files, settings and inputs, but not when or where it was made."""
-    return hashlib.sha256(canonical_json({key: manifest.get(key) for key in ("files", "settings", "inputs")})).hexdigest()
+    return json_sha256({key: manifest.get(key) for key in ("files", "settings", "inputs")})
 
 
 @cache
@@ -107,16 +104,6 @@ def published_value(value: str) -> str:
     """Of a path outside this project only its last part, which names the data."""
     outside = os.path.isabs(value) or Path(value).parts[:1] == ("..",)
     return Path(value).name if outside else value
-
-
-def installed_versions() -> dict[str, str]:
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def stage_overrides(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:

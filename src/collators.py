@@ -7,7 +7,7 @@ processes can share an epoch without talking to each other. The price is that te
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,6 @@ from src.tokenizer import encode_texts
 
 Pair = tuple[np.ndarray, np.ndarray]  # input ids and target ids, eos included
 Batch = dict[str, torch.Tensor]
-
-
-class Documents(Protocol):
-    """Token ids of documents without eos, e.g. `src.tokenizer.TokenizedDocuments`."""
-
-    lengths: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -85,8 +75,8 @@ def encode(texts: Sequence[str], tokenizer: Any, longest: int | None = None) -> 
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
 
-def epoch_rng(seed: int, epoch: int, shuffle: bool) -> np.random.Generator | None:
-    return np.random.default_rng((seed, epoch)) if shuffle else None
+def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng((seed, epoch))
 
 
 def lengths_of(texts: Sequence[np.ndarray]) -> np.ndarray:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.artifacts import data_digest, installed_versions, open_artifact, published_command
+from src.artifacts import data_digest, open_artifact, published_command
 from src.baselines import BASELINES
 from src.config import TrainingSettings
 from src.cross_validation import CONTESTANTS, METHODS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
 from src.display.evaluation import intervals_figure, label_efficiency_figure
-from src.environment import machine
+from src.environment import installed_versions, machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
 from src.finetuning import MODEL_NAMES
 from src.finetuning_dataset import check_published_classes, groups_of

@@ -6,7 +6,6 @@ its own jobs. The price is disk: a few hundred kilobytes of predictions a job, a
 """
 
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from src.progress import progress_bar
 from src.qlora import base_digest
 from src.splits import grouped_stratified_folds, grouped_stratified_split
 from src.tokenizer import MODEL_FILE
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, file_sha256, verify_folder
+from src.verified_folders import ArtifactError, atomic_folder, file_sha256, json_sha256, verify_folder
 
 # Of a fold's labels, those that are held out. A temperature needs few, and TF-IDF, which needs none, trains on all; but so few choose no
 # weights, so those of the last step are judged. A learning rate is chosen on more. All folds together fit one temperature, so a single
@@ -108,7 +107,7 @@ def labelled_rows(path: str, settings: LabelledSettings, *, published: bool = Fa
 def rows_digest(*parts: pd.DataFrame) -> str:
     """SHA-256 of which text with which label stands in which part, and which texts are near duplicates."""
     rows = [part[["text_id", "text", "label", "group"]].to_numpy().tolist() for part in parts]
-    return hashlib.sha256(canonical_json(rows)).hexdigest()
+    return json_sha256(rows)
 
 
 def folds_of(rows: pd.DataFrame, folds: int, seed: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
@@ -162,7 +161,7 @@ class Runner:
 
     def target(self, job: Job, identity: Mapping[str, Any]) -> Path:
         """The folder of a job's result."""
-        return self.folder / f"{job.model}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
+        return self.folder / f"{job.model}-{json_sha256(identity)[:16]}"
 
     def run(self, job: Job, rest: pd.DataFrame, test: pd.DataFrame) -> Finished:
         """The result of a job, from disk where it was done before; that of a baseline is made anew in seconds."""
@@ -228,7 +227,7 @@ class Runner:
         """The base after further span corruption on these training texts; models that see the same texts share it."""
         texts = [rows["text"].tolist() for rows in (train, validation)]
         shaped_by = {"base": self.taken_from_base(), "settings": asdict(self.adaptation), "texts": texts}
-        name = f"adapted-{hashlib.sha256(canonical_json(shaped_by)).hexdigest()[:16]}"
+        name = f"adapted-{json_sha256(shaped_by)[:16]}"
         return adapted_checkpoint(self.base_folder, *texts, self.adaptation, self.folder / name, self.folder / ".checkpoints" / name)
 
 

@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
-SHOWN_PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "peft", "bitsandbytes", "accelerate", "scikit-learn")
+PACKAGES = (  # whose versions are shown, and kept with every result
+    "torch", "transformers", "datasets", "sentencepiece", "tokenizers", "peft", "bitsandbytes", "accelerate", "scikit-learn", "numpy"
+)  # fmt: skip
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 # transformers imports peft, which imports bitsandbytes, which warns that an optional kernel is absent; nothing here uses that kernel.
@@ -27,6 +29,11 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of each of `PACKAGES` that is installed."""
+    return {package: version for package in PACKAGES if (version := installed(package))}
 
 
 def missing_requirements(requirements: Path = REQUIREMENTS) -> list[str]:
@@ -105,7 +112,7 @@ def report() -> str:
     """A plain table of versions, device and number format."""
     from src.precision import best_precision
 
-    rows = [("python", platform.python_version()), *((name, installed(name) or "absent") for name in SHOWN_PACKAGES)]
+    rows = [("python", platform.python_version()), *((name, installed(name) or "absent") for name in PACKAGES)]
     rows += [("device", device_name()), ("precision", best_precision())]
     return "\n".join(f"{name:<14} {value}" for name, value in rows)
 

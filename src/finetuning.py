@@ -75,7 +75,7 @@ def batches(task: str, rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, s
     if absent:
         raise FinetuningError(f"the training rows hold no {LABELS[absent[0]]} text: every class needs at least one")
     source = ClassificationBatches if task == "classification" else TextToTextBatches
-    return source(rows["text"].tolist(), rows["label"].tolist(), tokenizer, settings, truncate=True)
+    return source(rows["text"].tolist(), rows["label"].tolist(), tokenizer, settings)
 
 
 def predict_rows(

@@ -13,13 +13,11 @@ from src.packing import IGNORED, Packing, best_fit_pack, fill_row
 
 
 class LabelledBatches:
-    """Labelled sentences as token ids: what both sources of fine-tuning share.
+    """Labelled sentences as token ids: what both sources of fine-tuning share. A text longer than a row loses its end.
 
     Args:
         labels: indices into `LABELS`; None where there are none to learn from.
-        rows: packed rows in one micro-batch.
         shuffle: new order of rows in each epoch; False keeps the packer's order.
-        truncate: whether a text that is longer than a row loses its end; else it is an error when the epoch is packed.
     """
 
     prefix = ""  # of every text
@@ -30,14 +28,11 @@ class LabelledBatches:
         labels: Sequence[int] | None,
         tokenizer: Any,
         settings: FinetuningSettings,
-        rows: int | None = None,
         shuffle: bool = True,
-        truncate: bool = False,
     ) -> None:
         self.settings, self.shuffle = settings, shuffle
-        self.rows = rows or settings.rows_per_micro_batch
         self.pad_id = tokenizer.pad_token_id
-        self.inputs = encode([self.prefix + text for text in texts], tokenizer, settings.inputs_length if truncate else None)
+        self.inputs = encode([self.prefix + text for text in texts], tokenizer, settings.inputs_length)
         self.take_labels(labels, tokenizer)
 
     def take_labels(self, labels: Sequence[int] | None, tokenizer: Any) -> None:
@@ -45,7 +40,7 @@ class LabelledBatches:
         raise NotImplementedError
 
     def pack(self, epoch: int, target_lengths: np.ndarray, longest_targets: int) -> Packing:
-        rng = epoch_rng(self.settings.seed, epoch, self.shuffle)
+        rng = epoch_rng(self.settings.seed, epoch) if self.shuffle else None
         return best_fit_pack(lengths_of(self.inputs), target_lengths, self.settings.inputs_length, longest_targets, rng)
 
 
@@ -70,7 +65,7 @@ class TextToTextBatches(LabelledBatches):
             return self.inputs[example], self.targets[example]
 
         collate = functools.partial(collate_pairs, read=read, row_lengths=row_lengths, pad_id=self.pad_id)
-        return PackedEpoch(packing, self.rows, row_sums(packing, target_lengths), collate)
+        return PackedEpoch(packing, self.settings.rows_per_micro_batch, row_sums(packing, target_lengths), collate)
 
 
 class ClassificationBatches(LabelledBatches):
@@ -96,4 +91,4 @@ class ClassificationBatches(LabelledBatches):
                 filled.append({"input_ids": laid["input_ids"], "encoder_segment_ids": laid["encoder_segment_ids"], "labels": labels})
             return stack(filled)
 
-        return PackedEpoch(packing, self.rows, np.diff(packing.row_offsets), collate)
+        return PackedEpoch(packing, self.settings.rows_per_micro_batch, np.diff(packing.row_offsets), collate)

@@ -7,13 +7,13 @@ the residual stream stay float32 in all of them. A step that runs out of memory 
 import importlib.util
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from src.collators import PackedEpoch
 from src.config import TrainingSettings
 from src.cuda_graphs import RecordedPass, can_record
 from src.packing import IGNORED
@@ -22,18 +22,6 @@ from src.precision import autocast, precision_of
 
 class TrainingError(ValueError):
     """Training cannot go on; says what to change."""
-
-
-class Epoch(Protocol):
-    """What the loop asks of an epoch; see `src.collators.PackedEpoch`."""
-
-    num_rows: int
-
-    def batch(self, start: int, stop: int) -> dict[str, torch.Tensor]: ...
-
-    def num_labels(self, start: int, stop: int) -> int: ...
-
-    def rows_example_ids(self, start: int, stop: int) -> list[int]: ...
 
 
 class StepGradients:
@@ -66,7 +54,7 @@ class StepGradients:
     def autocast(self) -> AbstractContextManager:
         return autocast(self.model, self.settings)
 
-    def accumulate(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
+    def accumulate(self, epoch: PackedEpoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
         """Gradient of the mean loss over the labels of all rows `start..stop`, summed over micro-batches and processes.
 
         Returns:
@@ -90,7 +78,7 @@ class StepGradients:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _backward(self, epoch: Epoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
+    def _backward(self, epoch: PackedEpoch, start: int, stop: int, step: int) -> tuple[torch.Tensor, float]:
         self.model.train()
         num_labels = max(1, epoch.num_labels(start, stop))
         batches, weight = self._batches(epoch, start, stop)
@@ -130,7 +118,7 @@ class StepGradients:
         self.accelerator.backward(self.scaler.scale(loss * self.accelerator.num_processes))
         return loss.detach().float()
 
-    def _batches(self, epoch: Epoch, start: int, stop: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+    def _batches(self, epoch: PackedEpoch, start: int, stop: int) -> tuple[list[dict[str, torch.Tensor]], float]:
         """This process's micro-batches, and their weight: 0 where there are more processes than rows, to take part all the same."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first, last = (start + (stop - start) * share // processes for share in (process, process + 1))
@@ -143,7 +131,7 @@ class StepGradients:
             self.ready = ((id(epoch), bounds), batches)
         return self.ready[1], weight
 
-    def prepare(self, epoch: Epoch, start: int, stop: int) -> None:
+    def prepare(self, epoch: PackedEpoch, start: int, stop: int) -> None:
         """Make the next step's batches now, while an accelerator is still busy with this one's."""
         if self.device.type != "cpu":
             self._batches(epoch, start, stop)

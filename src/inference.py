@@ -59,7 +59,7 @@ def class_probabilities(
     """Probabilities of a model with a classification head, float64 (texts, 3) in the order of `LABELS`."""
 
     def of_windows(parts: list[str]) -> np.ndarray:
-        epoch = ClassificationBatches(parts, None, tokenizer, settings, shuffle=False, truncate=True).epoch(0)
+        epoch = ClassificationBatches(parts, None, tokenizer, settings, shuffle=False).epoch(0)
         found = np.empty((len(parts), len(LABELS)))
         for index in range(len(epoch)):
             batch = to_device(epoch[index], model)
@@ -88,7 +88,7 @@ def label_likelihoods(
     candidates = encode(LABELS, tokenizer)
 
     def of_windows(parts: list[str]) -> np.ndarray:
-        epoch = TextToTextBatches(parts, None, tokenizer, settings, shuffle=False, truncate=True).epoch(0)
+        epoch = TextToTextBatches(parts, None, tokenizer, settings, shuffle=False).epoch(0)
         found = np.empty((len(parts), len(LABELS)))
         for index in range(len(epoch)):
             batch = to_device(epoch[index], model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from src.collators import Documents, PackedEpoch, Pair, collate_pairs, epoch_rng, row_sums
+from src.collators import PackedEpoch, Pair, collate_pairs, epoch_rng, row_sums
 from src.config import PretrainingSettings
 from src.distant_supervision import LabelledSentences, SentencePairs
 from src.packing import PackingError, best_fit_pack, concatenate_pack
@@ -19,6 +19,7 @@ from src.span_corruption import (
     noise_mask,
     window_length,
 )
+from src.tokenizer import TokenizedDocuments
 
 
 class PretrainingBatches:
@@ -29,21 +30,16 @@ class PretrainingBatches:
 
     Args:
         sentences: a second task, mixed in so that it is `settings.labelled_share` of the input tokens; None: span corruption alone.
-        rows: packed rows in one micro-batch.
-        shuffle: new order of rows in each epoch; False keeps the packer's order.
     """
 
     def __init__(
         self,
-        documents: Documents,
+        documents: TokenizedDocuments,
         tokenizer: Any,
         settings: PretrainingSettings,
-        rows: int | None = None,
-        shuffle: bool = True,
         sentences: LabelledSentences | None = None,
     ) -> None:
-        self.documents, self.settings, self.shuffle, self.sentences = documents, settings, shuffle, sentences
-        self.rows = rows or settings.rows_per_micro_batch
+        self.documents, self.settings, self.sentences = documents, settings, sentences
         self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.first_sentinel_id, self.num_sentinels = sentinel_range(tokenizer)
         self.noise = (settings.noise_density, settings.mean_noise_span_length)
@@ -58,8 +54,7 @@ class PretrainingBatches:
         """Windows of the epoch as (document, start, length), each int64 (windows,); texts under 2 tokens are left out."""
         lengths = np.asarray(self.documents.lengths, dtype=np.int64)
         full, rest = np.divmod(lengths, self.window)
-        rng = epoch_rng(self.settings.seed, epoch, self.shuffle)
-        rest_at = full if rng is None else rng.integers(0, full + 1)  # which of its windows is a document's short one
+        rest_at = epoch_rng(self.settings.seed, epoch).integers(0, full + 1)  # which of its windows is a document's short one
         counts = full + (rest >= 2)
         document = np.repeat(np.arange(len(lengths)), counts)
         number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... within its document
@@ -80,7 +75,7 @@ class PretrainingBatches:
         if pairs is not None:
             input_lengths, target_lengths = map(np.concatenate, zip((input_lengths, target_lengths), pairs.lengths, strict=True))
         row_lengths = (self.settings.inputs_length, self.settings.targets_length)
-        packing = best_fit_pack(input_lengths, target_lengths, *row_lengths, epoch_rng(self.settings.seed, epoch, self.shuffle))
+        packing = best_fit_pack(input_lengths, target_lengths, *row_lengths, epoch_rng(self.settings.seed, epoch))
 
         def read(window: int) -> Pair:
             if window >= len(lengths):
@@ -91,7 +86,7 @@ class PretrainingBatches:
             return self.corrupted(epoch, window, token_ids)
 
         collate = functools.partial(collate_pairs, read=read, row_lengths=row_lengths, pad_id=self.pad_id)
-        return PackedEpoch(packing, self.rows, row_sums(packing, target_lengths), collate)
+        return PackedEpoch(packing, self.settings.rows_per_micro_batch, row_sums(packing, target_lengths), collate)
 
     def labelled_pairs(self, epoch: int, tokens: int) -> SentencePairs | None:
         """The labelled sentences that go with `tokens` of corrupted text: a pure function of (seed, epoch)."""

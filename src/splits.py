@@ -1,8 +1,9 @@
 """Grouped, stratified splits and folds: no group on both sides, every class in about its share on each side.
 
 Folds are scikit-learn's `StratifiedGroupKFold`. It only makes equal parts, so splits of given fractions are drawn here: large
-groups first, each to a part at random, as likely as the part would miss its labels with half the group in it (with none of it counted,
-parts overshoot). Giving it to the part that misses most would put the largest groups into the smallest part every time. Both are pure functions of labels, groups and seed.
+groups first, each to a part at random, as likely as the part would still miss its labels with half of the group in it (none of it
+counted, parts overshoot). Were it the part that misses most, the largest groups would stand in the smallest part every time. Both
+are pure functions of labels, groups and seed.
 """
 
 from collections.abc import Sequence
@@ -66,11 +67,9 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
     part_of = np.zeros(len(counts), np.int8)
     for group in order:
         missing = (wanted - counts[group] / 2).clip(0) @ counts[group]
-        if missing.any():
-            part = rng.choice(len(fractions), p=missing / missing.sum())
-        else:  # larger than twice what any part misses
-            part = (wanted @ counts[group]).argmax()
-        part_of[group] = part
+        if not missing.any():  # a group larger than twice what any part misses goes where most is missing
+            missing = np.arange(len(fractions)) == (wanted @ counts[group]).argmax()
+        part_of[group] = part = rng.choice(len(fractions), p=missing / missing.sum())
         wanted[part] -= counts[group]
     held = np.zeros(wanted.shape, np.int64)  # groups with rows of a class in a part
     np.add.at(held, part_of, counts > 0)

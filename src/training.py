@@ -18,10 +18,11 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from src.checkpoints import CheckpointError, Checkpoints, TrainingState, run_digest
+from src.collators import PackedEpoch
 from src.compilation import compiled_blocks, uncompiled
 from src.config import TrainingSettings
 from src.environment import keep_freed_memory
-from src.gradients import Epoch, StepGradients, TrainingError
+from src.gradients import StepGradients, TrainingError
 from src.interruption import StopRequest
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.training_bar import TrainingBar
@@ -30,7 +31,9 @@ MOST_STEPS_SKIPPED = 20  # in a row, by the fp16 gradient scaler, before it coun
 
 
 class Source(Protocol):
-    def epoch(self, epoch: int) -> Epoch: ...
+    """Plans epochs: `src.pretraining_batches` and `src.finetuning_batches` have them."""
+
+    def epoch(self, epoch: int) -> PackedEpoch: ...
 
 
 @dataclass

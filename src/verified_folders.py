@@ -26,6 +26,11 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=lambda scalar: scalar.item()).encode()
 
 
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -69,7 +74,7 @@ def atomic_folder(target: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
         yield folder
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         complete = {**manifest, "files": {name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for name, p in files.items()}}
-        complete["sha256"] = hashlib.sha256(canonical_json(complete)).hexdigest()
+        complete["sha256"] = json_sha256(complete)
         text = json.dumps(complete, indent=1, ensure_ascii=False, default=lambda scalar: scalar.item())
         (folder / MANIFEST).write_text(text, encoding="utf-8")
         for path in (*files.values(), folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
@@ -145,7 +150,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} has no {MANIFEST}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ArtifactError(f"{path / MANIFEST} is damaged") from None
-    if hashlib.sha256(canonical_json(manifest)).hexdigest() != recorded:
+    if json_sha256(manifest) != recorded:
         raise ArtifactError(f"{path / MANIFEST} was changed after it was written")
     return manifest
 
