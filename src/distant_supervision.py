@@ -61,34 +61,34 @@ class SentencePairs:
     @property
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the inputs and of the targets, eos included: two int64 (pairs,)."""
-        words = self.sentences
-        gone = np.concatenate(([0], np.cumsum(words.word_lengths * self.removed)))[words.word_offsets]
-        inputs = len(words.prefix) + words.lengths - np.diff(gone) + 1
-        targets = np.array([len(label) for label in words.label_words])
-        return inputs[self.chosen], targets[words.labels[self.chosen]]
+        corpus = self.sentences
+        gone = np.concatenate(([0], np.cumsum(corpus.word_lengths * self.removed)))[corpus.word_offsets]
+        inputs = len(corpus.prefix) + corpus.lengths - np.diff(gone) + 1
+        targets = np.array([len(label) for label in corpus.label_words])
+        return inputs[self.chosen], targets[corpus.labels[self.chosen]]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        words, number = self.sentences, self.chosen[index]
-        start, length = words.starts[number], words.lengths[number]
+        corpus, number = self.sentences, self.chosen[index]
+        start, length = corpus.starts[number], corpus.lengths[number]
         kept = np.ones(length, dtype=bool)
-        for word in range(words.word_offsets[number], words.word_offsets[number + 1]):
+        for word in range(corpus.word_offsets[number], corpus.word_offsets[number + 1]):
             if self.removed[word]:
-                begin = words.word_starts[word] - start
-                kept[begin : begin + words.word_lengths[word]] = False
-        text = words.tokens[start : start + length][kept].astype(np.int64)
-        return np.concatenate((words.prefix, text, [EOS_ID])), words.label_words[words.labels[number]]
+                begin = corpus.word_starts[word] - start
+                kept[begin : begin + corpus.word_lengths[word]] = False
+        text = corpus.tokens[start : start + length][kept].astype(np.int64)
+        return np.concatenate((corpus.prefix, text, [EOS_ID])), corpus.label_words[corpus.labels[number]]
 
     def frame(self, tokenizer: Any) -> pd.DataFrame:
         """Columns `text_id`, `label`, `text` (what is left of a sentence) and `whole`, a row a pair."""
-        words = self.sentences
-        spans = [words.tokens[words.starts[number] : words.starts[number] + words.lengths[number]] for number in self.chosen]
+        corpus = self.sentences
+        spans = [corpus.tokens[corpus.starts[number] : corpus.starts[number] + corpus.lengths[number]] for number in self.chosen]
         rows = {
             "text_id": [f"sentence-{number}" for number in self.chosen],
-            "label": words.labels[self.chosen],
-            "text": tokenizer.batch_decode([self[index][0][len(words.prefix) : -1] for index in range(len(self))]),
+            "label": corpus.labels[self.chosen],
+            "text": tokenizer.batch_decode([self[index][0][len(corpus.prefix) : -1] for index in range(len(self))]),
             "whole": tokenizer.batch_decode(spans),
         }
         return pd.DataFrame(rows)

@@ -212,11 +212,11 @@ def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int 
     point = [scores_from_confusion(cell.sum(0).reshape(3, 4)) for cell in cells]
     samples = [scores_from_confusion(resampled_confusions(cell, resamples, seed)) for cell in cells]
     result: dict[str, object] = {"first": str(first["model"][0]), "second": str(second["model"][0])}
-    for name in ("accuracy", "macro_f1"):
-        differences = samples[0][name] - samples[1][name]
-        result |= {f"{name}_difference": float(point[0][name] - point[1][name]), f"{name}_difference_ci95": interval(differences)}
+    differences = {name: samples[0][name] - samples[1][name] for name in ("accuracy", "macro_f1")}
+    for name, resampled in differences.items():
+        result |= {f"{name}_difference": float(point[0][name] - point[1][name]), f"{name}_difference_ci95": interval(resampled)}
     # No p of zero: a resample is never further out than every one that was not drawn (Davison and Hinkley 1997, eq. 4.11).
-    tail = (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + resamples)
+    tail = (1 + min((differences["macro_f1"] <= 0).sum(), (differences["macro_f1"] >= 0).sum())) / (1 + resamples)
     right = [cell.reshape(-1, 3, 4).diagonal(axis1=1, axis2=2).sum(1) for cell in cells]  # (texts,): in how many draws
     only_first, only_second = int((right[0] > right[1]).sum()), int((right[1] > right[0]).sum())
     disagreements = only_first + only_second
