@@ -98,7 +98,7 @@ def split_spans(ids: np.ndarray, first_sentinel_id: int, num_sentinels: int) -> 
     return spans
 
 
-def sentences_without_cues(documents: TokenizedDocuments, tokenizer: Any, tokens: int = 80_000) -> pd.DataFrame:
+def sentences_without_list_words(documents: TokenizedDocuments, tokenizer: Any, tokens: int = 80_000) -> pd.DataFrame:
     """Sentences that the word list labels, about `tokens` long in all, without any of its words: as `SentencePairs.frame`.
 
     Raises:
@@ -109,7 +109,7 @@ def sentences_without_cues(documents: TokenizedDocuments, tokenizer: Any, tokens
 
 
 def judged_sentences(model: nn.Module, tokenizer: Any, rows: pd.DataFrame, settings: FinetuningSettings) -> pd.DataFrame:
-    """Predictions of a model, fine-tuned on nothing, for `sentences_without_cues`; the schema of `src.evaluation`.
+    """Predictions of a model, fine-tuned on nothing, for `sentences_without_list_words`; the schema of `src.evaluation`.
 
     Args:
         rows: of documents that it was not trained on.
