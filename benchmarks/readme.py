@@ -16,7 +16,7 @@ from src.evaluation import COSTS
 
 ROOT = Path(__file__).parent.parent
 NOT_JUDGED = "–"
-PAGES = ("README.md", "results/README.md")
+PAGES = ("README.md", "results/README.md", "results/history.md")
 BLOCK = re.compile(r"(<!-- (results|summary) ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUMMARY_BASELINE, CONTROL = "tfidf_word_list_svm", "random_init"
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
