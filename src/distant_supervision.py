@@ -10,7 +10,6 @@ section 3.5.3). No human labelled anything, but the word list is knowledge that 
     inputs   sentiment : sales sharply in asia . </s>      targets   bullish </s>
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ import pandas as pd
 
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.tokenizer import EOS_ID, WORD_START, TokenizedDocuments, encode_texts
-from src.word_list import AMOUNT, may_begin_polar_word, word_polarity
+from src.word_list import Kind, kind_of, may_begin_listed_word, neighbours, polarities
 
 SHORTEST, LONGEST = 10, 80  # tokens of a sentence that is used
 REMOVED = 0.7  # of the polar words: some stay, so that they are learned too
@@ -34,7 +33,7 @@ class Pieces:
     """What each piece of a vocabulary says about words and sentences, as arrays of bool (vocab_size,).
 
     Attributes:
-        polarity: of a word of this one piece, elsewhere and before an amount: int8 (2, vocab_size).
+        kind: of a word of this one piece, or of an amount that it begins: int8 (vocab_size,).
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,10 +43,8 @@ class Pieces:
         self.is_word = np.array([letters.isalpha() for letters in self.letters])
         self.is_letter = self.is_word & np.array([len(letters) == 1 for letters in self.letters])
         self.ends_sentence = np.array([letters.rstrip('"') in SENTENCE_ENDS for letters in self.letters])
-        self.is_space = np.array([not letters for letters in self.letters])
-        self.is_amount = np.array([re.match(AMOUNT, letters) is not None for letters in self.letters])
-        self.may_begin = self.is_word & np.array([may_begin_polar_word(letters) for letters in self.letters])
-        self.polarity = np.array([[word_polarity(letters, before) for letters in self.letters] for before in (False, True)], dtype=np.int8)
+        self.may_begin = self.is_word & np.array([may_begin_listed_word(letters) for letters in self.letters])
+        self.kind = np.array([kind_of(letters) for letters in self.letters], dtype=np.int8)
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class LabelledSentences:
         self.label_words = [np.array(ids) for ids in encode_texts(tokenizer, list(LABELS), add_eos=True)]
         words = Words(np.asarray(self.tokens), Pieces(tokenizer))
         bounds = np.union1d(words.sentence_starts(), documents.offsets)  # (sentences + 1,)
-        polar, polarity = words.polar()
+        polar, polarity = words.polar(bounds)
         inside = np.searchsorted(polar, bounds)  # (sentences + 1,)
         balance = np.diff(np.concatenate(([0], np.cumsum(polarity)))[inside])  # (sentences,)
         counts, lengths = np.diff(inside), np.diff(bounds)
@@ -172,22 +169,22 @@ class Words:
         initial = self.begins[:-2] & self.pieces.is_letter[before]
         return np.flatnonzero(self.pieces.ends_sentence[end] & self.pieces.starts_word[after] & ~initial) + 2
 
-    def amount_at(self, places: np.ndarray) -> np.ndarray:
-        """Whether a space and an amount stand there: bool (places,). The space may be a piece of its own."""
-        first, second = (self.tokens[np.minimum(places + after, len(self.tokens) - 1)] for after in (0, 1))
-        number = np.where(self.pieces.is_space[first], second, first)
-        return self.pieces.starts_word[first] & self.pieces.is_amount[number]
+    def polar(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where words that count begin, in order, int64 (polar words,), and their polarity, int8.
 
-    def polar(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where words of the list begin, in order, int64 (polar words,), and their polarity, int8."""
-        starts = np.flatnonzero(self.begins & self.pieces.may_begin[self.tokens])
-        lengths = self.lengths(starts)
-        before_amount = self.amount_at(starts + lengths)
-        polarity = self.pieces.polarity[before_amount.astype(np.int8), self.tokens[starts]]  # of words of one piece
-        known: dict[tuple[bytes, bool], int] = {}
-        for word in np.flatnonzero(lengths > 1):
-            ids = self.tokens[starts[word] : starts[word] + lengths[word]]
-            if (key := (ids.tobytes(), before_amount[word])) not in known:
-                known[key] = word_polarity("".join(self.pieces.letters[token] for token in ids), before_amount[word])
-            polarity[word] = known[key]
-        return starts[polarity != 0], polarity[polarity != 0]
+        Args:
+            bounds: where sentences begin, and the end of the last: int64 (sentences + 1,).
+        """
+        amounts = self.pieces.kind[self.tokens] == Kind.AMOUNT
+        starts = np.flatnonzero(self.begins | amounts)
+        kinds = self.pieces.kind[self.tokens[starts]]  # of words of one piece
+        maybe = np.flatnonzero(self.pieces.may_begin[self.tokens[starts]] & self.begins[starts])
+        lengths = self.lengths(starts[maybe])
+        for word, length in zip(maybe[lengths > 1], lengths[lengths > 1], strict=True):
+            ids = self.tokens[starts[word] : starts[word] + length]
+            kinds[word] = kind_of("".join(self.pieces.letters[token] for token in ids))
+        numbers = np.searchsorted(bounds, starts, side="right")
+        keep = ~((kinds == Kind.AMOUNT) & (neighbours(kinds, numbers, -1) == Kind.AMOUNT))  # 4.5 is one amount
+        starts, kinds, numbers = starts[keep], kinds[keep], numbers[keep]
+        counts, polarity = polarities(kinds, numbers)
+        return starts[counts], polarity[counts]

@@ -43,7 +43,7 @@ def test_sentences_of_a_worked_text(tokenizer):
     documents = [
         "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group lost money again in April! It met."
         " Its board will meet in June",
-        "Costs fell but sales rose at the group in the quarter. The group will meet its lenders on Monday at noon",
+        "Profit fell but sales rose at the group in the quarter. The group will meet its lenders on Monday at noon",
     ]
     found = LabelledSentences(tokenized(documents, tokenizer), tokenizer)
     whole = [tokenizer.decode(found.tokens[start : start + length]) for start, length in zip(found.starts, found.lengths, strict=True)]
@@ -55,16 +55,28 @@ def test_sentences_of_a_worked_text(tokenizer):
     ]
 
 
-def test_up_and_down_count_before_an_amount_only(tokenizer):
-    """Most of what is up in the news is set up, or up to somebody: one in ten bullish labels was wrong by this word."""
-    documents = [
-        "Shares of the group were up 4 percent in Asia.",
-        "Shares of the group were down $3 in Asia.",
-        "The group has set up a unit in Asia.",
-    ]
-    found = LabelledSentences(tokenized(documents, tokenizer), tokenizer)
-    assert [LABELS[label] for label in found.labels] == ["bullish", "bearish", "neutral"]
-    assert polar_word_counts(documents).tolist() == [[1, 0], [0, 1], [0, 0]]
+@pytest.mark.parametrize(
+    ("text", "label", "counts"),
+    [
+        ("Shares of the group were up 4 percent in Asia.", "bullish", [1, 0]),
+        ("Shares of the group were down $3 in Asia.", "bearish", [0, 1]),
+        ("The group has set up a unit in Asia.", "neutral", [0, 0]),  # most of what is up in the news is set up, or up to somebody
+        ("A spokesman of the group declined to comment.", "neutral", [0, 0]),
+        ("The shares of the group declined to 4 dollars.", "bearish", [0, 1]),
+        ("Fuel costs rose again at the group in Asia.", "bearish", [0, 1]),
+        ("The group reported a narrower net loss in Asia.", "bullish", [1, 0]),
+        ("The group in Asia made a net loss.", "bearish", [0, 1]),
+        ("Profit of the group fell as costs in Asia stayed.", "bearish", [0, 1]),
+        ("The group met a profit from a net loss in Asia.", None, [0, 0]),
+        ("Interest rates rose again in Asia in March.", None, [0, 0]),
+        ("Economic growth slowed again in Asia in March.", "bearish", [0, 1]),
+    ],
+)
+def test_what_rises_says_whether_it_is_good_news(tokenizer, text, label, counts):
+    """Rising costs and a smaller loss had the wrong label, and every spokesman who declined to comment was bad news."""
+    found = LabelledSentences(tokenized([text], tokenizer), tokenizer)
+    assert [LABELS[label] for label in found.labels] == ([label] if label else [])
+    assert polar_word_counts([text]).tolist() == [counts]
 
 
 def test_labels_are_those_of_the_words_in_the_text(sentences, tokenizer):
@@ -82,9 +94,8 @@ def test_what_is_taken_out(sentences, tokenizer):
     everything = replace(pairs, removed=np.ones_like(pairs.removed))
     frame = everything.frame(tokenizer)
     assert polar_word_counts(frame["text"]).sum() == 0
-    polar = frame["label"] != LABEL_IDS["neutral"]
     words = frame.map(lambda value: len(str(value).split()))  # punctuation behind a word stays
-    assert ((words["whole"] - words["text"])[polar].to_numpy() <= polar_word_counts(frame["whole"][polar]).sum(1)).all()
+    assert ((words["whole"] - words["text"]).to_numpy() <= np.diff(sentences.word_offsets)[pairs.chosen]).all()
     nothing = replace(pairs, removed=np.zeros_like(pairs.removed)).frame(tokenizer)
     assert nothing["text"].tolist() == nothing["whole"].tolist()
 
