@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from src.attention import plain_attention, position_bias, split_heads
-from src.slim_attention import StateWeights, attend_to_keys, attend_to_states
+from src.slim_attention import CacheError, StateWeights, attend_to_keys, attend_to_states
 
 BLOCK = 32  # tokens
 CACHE_KINDS = ("kv", "k", "x", "kv+e", "k+e", "x+e")
 DEFAULT_CACHE_KIND = "x+e"
-
-
-class CacheError(ValueError):
-    """A cache that does not exist or cannot be used this way."""
 
 
 def parse_cache_kind(kind: str) -> tuple[str, str]:

@@ -15,11 +15,21 @@ from torch import Tensor, nn
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
+class CacheError(ValueError):
+    """A cache that does not exist or cannot be used this way."""
+
+
 def effective_weight(projection: nn.Module, dtype: torch.dtype) -> Tensor:
-    """What a projection multiplies by, (out, in), with its adapters and quantisation: the image of the unit vectors."""
+    """What a projection multiplies by, (out, in), with its adapters and quantisation: the image of the unit vectors.
+
+    Raises:
+        CacheError: it adds something, too, such as the bias of an adapter.
+    """
     if type(projection) is nn.Linear:
         return projection.weight.detach().to(dtype)
     unit = torch.eye(projection.in_features, device=next(projection.parameters()).device, dtype=dtype)
+    if bool(projection(torch.zeros_like(unit[:1])).any()):
+        raise CacheError("an adapter adds a bias to k or v, which slim caches leave out: use cache_kind='kv'")
     return projection(unit).detach().to(dtype).t()
 
 

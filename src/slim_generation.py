@@ -100,7 +100,7 @@ class SlimGenerationMixin(GenerationMixin):
         dtype = compute_dtype(self.decoder.final_layer_norm.weight)
         attentions = [block.layer[0].SelfAttention for block in self.decoder.block]
         weights = [effective_weight(projection, dtype) for attention in attentions for projection in (attention.k, attention.v)]
-        return (dtype, *(float(weight.float().square().sum()) for weight in weights))
+        return (dtype, *(float(total) for weight in weights for total in (weight.float().sum(), weight.float().square().sum())))
 
     def _prepare_generation_config(self, generation_config, *args, cache_kind: str = DEFAULT_CACHE_KIND, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)

@@ -141,9 +141,8 @@ class T5Stack(T5PreTrainedModel):
             mask = nn.functional.pad(mask, (0, bias.shape[-1] - mask.shape[-1]))
         hidden_states = dropout(at_least_float32(self.embed_tokens(input_ids)), rate, self.training)
         for block in self.block:
-            hidden_states = block(
-                hidden_states, bias=bias, mask=mask, encoder_states=encoder_states, encoder_mask=encoder_mask, cache=cache
-            )
+            # By position: reentrant checkpointing detaches no keyword, and would walk the shared bias's graph once a block.
+            hidden_states = block(hidden_states, bias, mask, encoder_states, encoder_mask, cache)
         return BaseModelOutput(last_hidden_state=dropout(self.final_layer_norm(hidden_states), rate, self.training))
 
     def _bias(self, start: int, length: int, cache) -> Tensor:

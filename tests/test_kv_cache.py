@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import T5Config
 
-from src.kv_cache import CACHE_KINDS, Buffer, CacheError
+from src.kv_cache import CACHE_KINDS, Buffer, CacheError, KeyLayer
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.qlora import quiet_peft
 from src.slim_attention import effective_weight, key_to_value
@@ -148,6 +148,11 @@ def test_buffers_grow_by_blocks_and_hand_out_whole_ones():
 def test_16_bit_errors_are_those_of_the_standard_cache():
     """Breaks when a rearranged product loses accuracy: in bf16 a slim cache may be off at most twice as far as `kv`."""
     _, model = pair(layers=3)
+    with torch.no_grad():  # W_K that V can be had from in 16 bit: otherwise every layer would use X, and K go unproved
+        for block in model.decoder.block:
+            key = block.layer[0].SelfAttention.k
+            left, sizes, right = torch.linalg.svd(key.weight)
+            key.weight.copy_(sizes.mean() * left @ right)
     ids, mask = prompts(16)
     forced = torch.randint(2, 150, (16, 12), generator=torch.Generator().manual_seed(4))
     model.bfloat16()
@@ -162,6 +167,8 @@ def test_16_bit_errors_are_those_of_the_standard_cache():
         expected = exact(attention_mask=mask, decoder_input_ids=forced, encoder_outputs=exact_outputs).logits
         for kind in CACHE_KINDS:
             cache = model.new_cache(kind, 12, calibration_ids=ids)
+            if kind in ("k", "k+e"):
+                assert all(isinstance(cache.of_layer(layer)[0], KeyLayer) for layer in range(3))
             steps = [
                 model(attention_mask=mask, decoder_input_ids=forced[:, i : i + 1], encoder_outputs=outputs, past_key_values=cache).logits
                 for i in range(12)
@@ -240,6 +247,9 @@ def test_adapters_on_k_and_v_are_part_of_the_cache():
         assert torch.equal(adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, cache_kind=kind), expected), kind
     projection = adapted.base_model.model.decoder.block[0].layer[0].SelfAttention.k
     assert not torch.equal(effective_weight(projection, torch.float32), projection.base_layer.weight)
+    projection.lora_B["default"] = nn.Linear(4, 32)  # as with `lora_bias=True`
+    with pytest.raises(CacheError, match="adds a bias to k or v"):
+        adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2)
 
 
 def test_kind_comes_from_the_argument_then_the_config(tmp_path):

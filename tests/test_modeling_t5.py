@@ -10,6 +10,7 @@ from transformers import T5Config
 
 from src.attention import SegmentError
 from src.fused_loss import linear_cross_entropy
+from src.kv_cache import CacheError
 from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification, mean_loss, shift_right
 from src.t5_stack import ModelError
 
@@ -240,6 +241,87 @@ def test_float16_survives_sums_that_overflow_it():
     assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_checkpointing_changes_nothing(packed, reentrant):
+    """Breaks when a block is recomputed with other dropout, or the graph of the shared bias is walked once for each block."""
+    config = config_of(V10, SIZES[0])
+    config.dropout_rate = 0.1
+    model = T5ForConditionalGeneration(config).train()
+    batch = packed_row()[2] if packed else padded_batch()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(**batch).loss.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    for (name, _), before, after in zip(model.named_parameters(), *found, strict=True):
+        torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_every_dropout_of_t5_is_there(monkeypatch):
+    """Breaks when one is left out: the model would learn another thing, and a step would look faster than it is."""
+    calls = []
+
+    def count(site):
+        monkeypatch.setattr(site, lambda states, rate, training: calls.append((site.rpartition(".")[2], rate, training)) or states)
+
+    for site in ("src.t5_stack.dropout", "src.t5_layers.dropout", "src.t5_layers.relu_dropout"):
+        count(site)
+    rates = []
+    monkeypatch.setattr("src.t5_layers.attention", lambda q, k, v, bias, mask, heads, rate: rates.append(rate) or q)
+    for version, gates in ((V10, "relu_dropout"), (V11, "dropout")):
+        calls.clear(), rates.clear()
+        config = config_of(version, SIZES[0])
+        config.dropout_rate = 0.25
+        T5ForConditionalGeneration(config).train()(**padded_batch())
+        encoder, decoder = config.num_layers, config.num_decoder_layers
+        sublayers, layers = 2 * encoder + 3 * decoder, encoder + decoder
+        around = 2 * 2  # of each stack, after its embedding and after its last norm
+        assert sorted(calls) == sorted([("dropout", 0.25, True)] * (around + sublayers) + [(gates, 0.25, True)] * layers)
+        assert rates == [0.25] * (encoder + 2 * decoder)
+
+
+def test_a_loop_by_hand_decodes_as_stock_does(tmp_path):
+    """Breaks when `use_cache` is passed over: each step would see one token, at position 0, and write something else."""
+    stock = stock_checkpoint(tmp_path, V10, SIZES[0])
+    written = []
+    for model in (stock, T5ForConditionalGeneration.from_pretrained(tmp_path).eval()):
+        ids, past = [torch.tensor([[0], [0]])], None
+        source = {"input_ids": torch.tensor([[5, 9, 17, 1], [44, 3, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+        with torch.no_grad():
+            for _ in range(8):
+                output = model(**source, decoder_input_ids=ids[-1], past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                ids.append(output.logits[:, -1:].argmax(-1))
+        written.append(torch.cat(ids, dim=1))
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[0, 2]], "a row has 3 examples and 2 labels: give each its label, or -100"),
+        ([0, 2, 1], r"labels are \(3,\) for 1 rows: give \(1, most examples of a row\)"),
+        ([[0, 7, 1]], "labels must be below 3"),
+    ],
+)
+def test_labels_of_a_classifier_have_to_fit(labels, message):
+    """Breaks when examples without a label are dropped in silence."""
+    model, row = T5ForSentimentClassification(config_of(V10, SIZES[0])).eval(), packed_row()[2]
+    with pytest.raises(ModelError, match=message):
+        model(row["input_ids"], encoder_segment_ids=row["encoder_segment_ids"], labels=torch.tensor(labels))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_without_a_label_has_no_loss(training):
+    """Breaks when a batch of texts whose labels are all ignored gives a loss that is not a number, or only in training."""
+    model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).train(training)
+    assert model(input_ids=torch.tensor([[3, 1]]), labels=torch.full((1, 4), -100)).loss.item() == 0
+
+
 def test_bad_input_is_refused_in_one_line(tmp_path):
     """Breaks when a user gets a stack trace from inside torch in place of what to change."""
     model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).eval()
@@ -252,8 +334,20 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
         model(**{**row, "encoder_segment_ids": row["encoder_segment_ids"][:, 1:]})
     with pytest.raises(SegmentError, match="one segment id per token"):
         model(**{**row, "decoder_segment_ids": row["decoder_segment_ids"][:, 1:]})
+    with pytest.raises(SegmentError, match="row 0 has targets of segment 4 and no source"):
+        model(**{**row, "decoder_segment_ids": row["decoder_segment_ids"] + (row["decoder_segment_ids"] == 3)})
+    with pytest.raises(SegmentError, match="one segment id per token"):
+        encoded = model.encoder(row["input_ids"][:, 1:])
+        model(**{**row, "input_ids": None, "encoder_outputs": encoded})
     with pytest.raises(SegmentError, match="packed rows cannot be decoded with a cache"):
         model(**row, past_key_values=model.new_cache("kv"))
+    with pytest.raises(CacheError, match=r"a DynamicCache: make one with model\.new_cache"):
+        model(input_ids=torch.tensor([[3]]), decoder_input_ids=torch.tensor([[0]]), past_key_values=transformers.DynamicCache())
+    with pytest.raises(ModelError, match=r"labels are \(1, 2\) and decoder_input_ids \(1, 1\)"):
+        model(input_ids=torch.tensor([[3]]), decoder_input_ids=torch.tensor([[0]]), labels=torch.tensor([[4, 1]]))
+    for option in ({"decoder_inputs_embeds": torch.zeros(1, 1, 32)}, {"output_attentions": True}):
+        with pytest.raises(ModelError, match=rf"{next(iter(option))} is not supported here: open the checkpoint with transformers"):
+            model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[1]]), **option)
     with pytest.raises(ModelError, match="labels holds id -1"):
         model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[-1, -100]]))
     with pytest.raises(ModelError, match="decoder_input_ids holds id 120"):
