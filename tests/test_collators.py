@@ -1,6 +1,7 @@
 """Batches: nothing lost, nothing mixed, the same batch every time it is asked for."""
 
 import csv
+import math
 import os
 import re
 from dataclasses import replace
@@ -18,10 +19,11 @@ from src.config import FinetuningSettings, PretrainingSettings
 from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.packing import PackingError, best_fit_pack
+from src.pretraining import SpanCorruptionEvaluation
 from src.pretraining_batches import PretrainingBatches, sentinel_range
 from src.sources import read_articles
 from src.span_corruption import SpanCorruptionError, corrupted_lengths, reconstruct, window_length
-from src.tokenizer import TokenizedDocuments, train_tokenizer
+from src.tokenizer import TokenizedDocuments, encode_texts, train_tokenizer
 
 SETTINGS = PretrainingSettings(max_steps=1, inputs_length=64, targets_length=20, rows_per_step=4, rows_per_micro_batch=4)
 FINETUNING = FinetuningSettings(max_steps=1, inputs_length=64, targets_length=20, rows_per_step=4, rows_per_micro_batch=2)
@@ -168,6 +170,40 @@ def test_a_long_labelled_text_is_cut_before_its_eos(tokenizer):
     batch = ClassificationBatches(["Profit rose " * 100], [0], tokenizer, FINETUNING).epoch(0).batch(0, 1)
     assert batch["input_ids"].shape == (1, 64)
     assert batch["input_ids"][0, -1] == tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def test_validation_losses_are_of_the_labels_they_name(tokenizer):
+    """Sentinels are easy to predict: counted where they should not be, a model looks better than it is."""
+    articles = encode_texts(tokenizer, [article.text for article in read_articles("sample", max_documents=12)])
+    documents = TokenizedDocuments(np.concatenate(articles).astype(np.uint16), np.cumsum([0, *map(len, articles)]))
+    source = PretrainingBatches(documents, tokenizer, SETTINGS)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=1, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    every, plain, text, words = [], [], [], 0
+    batch = source.epoch(0).batch(0, 5)
+    probabilities = model(**{key: values for key, values in batch.items() if key != "labels"}).logits.softmax(-1)
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for place, label in enumerate(labels):
+            if label == -100:
+                continue
+            nats, piece = -math.log(probabilities[row, place, label]), tokenizer.convert_ids_to_tokens(label)
+            every.append(nats)
+            if not piece.startswith("<extra_id_"):
+                plain.append(nats)
+                if piece != "</s>":
+                    text.append(nats)
+                    words += piece.startswith("▁")
+    found = SpanCorruptionEvaluation(source, tokenizer, 5)(model)
+    assert found == pytest.approx(
+        {
+            "validation_loss": np.mean(every),
+            "validation_loss_without_sentinels": np.mean(plain),
+            "validation_bits_per_word": sum(text) / words / math.log(2),
+        },
+        rel=1e-5,
+    )
 
 
 def test_too_few_sentinels_and_no_text():
