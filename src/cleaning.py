@@ -42,13 +42,20 @@ CREDIT = re.compile(
     r"(?:Report\w*|Writ(?:ing|ten)|Edit(?:ing|ed)|Compil\w+|Polling|Graphics?|Created|Assembled)"
     r"(?: and [a-z]+| led)?,? (?:by|in|from)\b.*\Z"
     r"|\s*\([^()]{0,160}\b(?:reporting|writing|editing) by\b.*\Z"
-    r"|\s*\(This (?:story|version|article) (?:was |has been )?(?:correct|refil|delet|remov|add|fix|clarif|update)[^()]*\).*\Z",
+    r"|\s*\(This (?:story|article|version(?: of the story)?) (?:was |has been )?(?:correct|refil|delet|remov|add|fix|clarif|update)"
+    r"[^()]*\).*\Z",
     re.IGNORECASE | re.DOTALL,
 )
+LAST_NOTE = re.compile(  # in brackets at the end: what was corrected, or who wrote
+    r"\((?:(?:Correct|Refil|Insert|Delet|Clarif)\w* |In (?:the )?[\w-]+ (?:para\w*|sentence)\b|[^()]*\b(?:Desk|Newsroom)\b)[^()]*\)\s*\Z"
+)
 CONTACT = re.compile(
-    r"\s*(?:-{1,2} ?(?:With (?:assistance|reporting) (?:from|by)|Editors?: )|To contact the (?:reporter|writer|editor|author)).*\Z",
+    r"\s*(?:-{1,2} ?(?:With (?:assistance|reporting) (?:from|by)|Editors?: )"
+    r"|To contact (?:the )?(?:\w+ ){0,3}?(?:reporter|writer|editor|author|staff)\b).*\Z",
     re.DOTALL,
 )
+WIRE_CODE = re.compile(r"[<\[]ID: ?\w+[>\]]|[\^*_=-]{8,}")
+SIGNS_OF_WIRE_CODE = ("ID:", "^^^^", "****", "----", "====", "____")  # found much faster than the pattern
 LINK = re.compile(r"\(\s?https?://[^\s)]+\s?\)|https?://[^\s)]+")
 SPACED_PUNCTUATION = re.compile(r" +([,.;:!?%)]|'(?:s|re|ve|ll|d|m|t)\b|n't\b)(?=[\s,.;:!?)\"']|\Z)|(?<=\() +")
 
@@ -91,6 +98,16 @@ def in_trailer(pattern: re.Pattern) -> Callable[[str], str]:
     return lambda text: text[:-TRAILER_CHARACTERS] + pattern.sub("", text[-TRAILER_CHARACTERS:], count=1)
 
 
+def drop_credit(text: str) -> str:
+    text = in_trailer(CREDIT)(text)
+    last = text.rfind("(")
+    return text[:last].rstrip() if last >= 0 and LAST_NOTE.match(text, last) else text
+
+
+def drop_wire_codes(text: str) -> str:
+    return WIRE_CODE.sub("", text) if any(sign in text for sign in SIGNS_OF_WIRE_CODE) else text
+
+
 def join_punctuation(text: str) -> str:
     if "``" in text or "''" in text:
         text = text.replace("``", '"').replace("''", '"')
@@ -120,8 +137,9 @@ RULES = {
         Rule("drop_editorial_note", "(Corrects …), (Adds …) before the story", in_header(EDITORIAL_NOTE)),
         Rule("drop_byline", "a line 'By …' before the story", in_header(BYLINE)),
         Rule("drop_dateline", "'OSLO (Reuters) - ', 'Oct. 20 (Bloomberg) -- '", in_header(DATELINE)),
-        Rule("drop_credit", "'(Reporting by …; Editing by …)' to the end", in_trailer(CREDIT)),
+        Rule("drop_credit", "'(Reporting by …; Editing by …)' to the end", drop_credit),
         Rule("drop_contact", "'To contact the reporter …', '--With assistance from …' to the end", in_trailer(CONTACT)),
+        Rule("drop_wire_codes", "<ID:nN123>, [ID:nN123], rows of ^^^^^^^^", drop_wire_codes),
         Rule("drop_links", "http:// and https:// addresses", lambda text: LINK.sub("", text) if "://" in text else text),
         Rule("join_punctuation", "spaces before , . ; : % and inside brackets: '3 %' → '3%'", join_punctuation),
         Rule("collapse_spaces", "runs of spaces, tabs and newlines become one space", lambda text: " ".join(text.split())),
@@ -136,7 +154,15 @@ NEWSWIRE = ("drop_editorial_note", "drop_byline", "drop_dateline", "drop_credit"
 SEED = ("cut_at_contact", "lower_case", "drop_brackets", "collapse_repeats", "drop_characters", "collapse_spaces")
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "default": {
-        "article": ("repair_characters", "normalize_unicode", *NEWSWIRE, "drop_links", "join_punctuation", "collapse_spaces"),
+        "article": (
+            "repair_characters",
+            "normalize_unicode",
+            *NEWSWIRE,
+            "drop_wire_codes",
+            "drop_links",
+            "join_punctuation",
+            "collapse_spaces",
+        ),
         "sentence": ("repair_characters", "normalize_unicode", "drop_dateline", "drop_links", "join_punctuation", "collapse_spaces"),
     },
     "seed": {"article": SEED, "sentence": SEED},

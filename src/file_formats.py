@@ -7,6 +7,7 @@ are not UTF-8 stop the reader instead of becoming question marks.
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -48,9 +49,12 @@ def csv_reader(path: Path) -> Iterator[list[str]]:
 
 def csv_header(path: Path, reader: Any) -> list[str]:
     try:
-        return [name.strip() for name in next(reader, [])]
+        header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise SourceError(f"{path}: the header is not valid csv ({error}): close its quotes, end lines as Unix or Windows does") from None
+    if len(header) == 1 and (other := re.search(r"[;|\t]", header[0])):
+        raise SourceError(f"{path} is separated by {other[0]!r}: save it with commas, or with tabs as .tsv")
+    return header
 
 
 def csv_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:

@@ -4,6 +4,7 @@ An integer label means nothing by itself: Yahoo counts 0 = bullish, Twitter coun
 read only through a declared map, never guessed; words (`positive`, `Bearish`) are read by their meaning.
 """
 
+import re
 from collections.abc import Mapping
 
 LABELS = ("bearish", "neutral", "bullish")
@@ -45,12 +46,14 @@ def label_id(value: object, label_map: Mapping[str, str] | None = None) -> int:
     Raises:
         LabelError: an unknown word, an integer without a map, or a value that the map does not hold.
     """
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    text = str(value).strip()
+    if re.fullmatch(r"[+-]?\d+(?:\.0+)?", text):
+        text = str(int(float(text)))
     if label_map is not None:
         if text not in label_map:
             raise LabelError(f"label {text!r} is not in the label map {dict(label_map)}: add it to LABEL_MAP")
         return LABEL_IDS[label_map[text]]
-    if text.lstrip("+-").isdigit():
+    if text.lstrip("-").isdigit():
         raise LabelError(f"label {text!r} is a number without a declared meaning: pass LABEL_MAP, e.g. 0=bearish,1=bullish,2=neutral")
     if text.lower() not in SPELLINGS:
         raise LabelError(f"label {text!r} is unknown: expected one of {', '.join(SPELLINGS)}, or pass LABEL_MAP")

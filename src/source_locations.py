@@ -1,6 +1,7 @@
 """The places text may come from: a dataset of the Hub, a local file or folder, the bundled sample. One interface, `Source`."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from src.hub_datasets import hub_revision, hub_rows, load_hub_dataset
 from src.labels import TWITTER_LABEL_MAP, YAHOO_LABEL_MAP
 from src.sample_data import sample_articles, sample_sentences
 from src.verified_folders import describe_file
+
+NOT_READ = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".xls", ".xlsx", ".arrow", ".feather")  # data, in formats that are not for us
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,13 @@ class FileSource:
         if path.is_file() and path.suffix.lower() not in READERS:
             raise SourceError(f"{path}: format {path.suffix or 'without a suffix'} is not known: use {', '.join(READERS)}")
         files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.is_file() and not is_hidden(f.relative_to(path))]
+        skipped = [f.name for f in files if f.suffix.lower() in NOT_READ]
         files = [f for f in files if f.suffix.lower() in READERS]
         if not files:
             raise SourceError(f"{path} is a folder without data: put {', '.join(READERS)} files into it or name another folder")
         tables = [f for f in files if f.suffix.lower() != ".txt"]
+        if skipped:
+            warnings.warn(f"{path}: {skipped[0]} is not read, as {len(skipped)} file(s): unpack it, or save it as csv", stacklevel=3)
         for file in files:
             if file.stat().st_size == 0:
                 raise SourceError(f"{file} is empty: fetch it again or remove it")

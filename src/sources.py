@@ -48,7 +48,10 @@ def text_of(where: str, row: int, values: Row, columns: Sequence[str]) -> str:
             raise SourceError(
                 f"{where}: row {row}, column {column!r} holds {type(value).__name__} {reprlib.repr(value)}, not text: choose another column"
             )
-        parts.append((value or "").strip())
+        value = value or ""
+        if not value.isascii():  # JSON can hold half of an emoji, which nothing could write again
+            value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts.append(value.strip())
     lead = [part if part[-1] in ".?!:;" else f"{part}." for part in parts[:-1] if part]
     return "\n".join([*lead, *parts[-1:]]).strip()
 

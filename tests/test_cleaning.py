@@ -55,6 +55,11 @@ ARTICLES = [
     ("Shares fell. ($1 = 0.7877 euros) (Zedville desk; Editing by Bob Cutter)", "Shares fell. ($1 = 0.7877 euros)"),
     ("Shares fell.  --With assistance from Ann Writer in Zedville. Editors: Bob Cutter", "Shares fell."),
     ("Shares fell. To contact the reporter on this story: Ann Writer in Zedville at ann@example.org", "Shares fell."),
+    ("Shares fell. To contact Zed News staff on this story: Ann Writer", "Shares fell."),
+    ("Shares fell. (In 9th paragraph corrects the date)", "Shares fell."),
+    ("Shares fell. (Refiles to drop a word)", "Shares fell."),
+    ("Shares fell. (Americas Economics and Markets Desk; +1 202 555-0100)", "Shares fell."),
+    ("Shares fell <ID:nN0123> on Monday. ^^^^^^^^^^ More [ID:nL456].", "Shares fell on Monday. More."),
     ("Shares rose +4.5%, to $1,234.50 from -3 (see http://example.org/a?b=c).", "Shares rose +4.5%, to $1,234.50 from -3 (see)."),
 ]
 KEPT = [
@@ -64,6 +69,8 @@ KEPT = [
     "Air Products (APD -2.1%) cuts outlook",
     "Q3 profit EUR 5 mn (Reuters poll: EUR 4-5 mn)",
     "Acme's fund (created in 1998) fell 5%. Analysts had seen more.",
+    "The desk (a table, in the newsroom) was sold. (In a first for Acme, it paid.) Profit rose.",
+    "To contact lenders, the author said, took days -- and a search_term_x -1 - --.",
     "NA",
     "null",
     "EPS of $.45 vs. .50 a share; Q1'13 up >5%: buy?!",
@@ -111,7 +118,7 @@ def test_counts_add_up():
     texts = [raw for raw, _ in ARTICLES]
     cleaned = [clean_article(text, counts=counts) for text in texts]
     assert sum(map(len, texts)) - sum(map(len, cleaned)) == sum(counts.characters.values())
-    assert counts.texts["drop_credit"] == 3
+    assert counts.texts["drop_credit"] == 6
     assert [rule.name for rule, _, _ in steps(ARTICLES[0][0])] == ["drop_dateline", "join_punctuation"]
 
 

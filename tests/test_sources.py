@@ -13,6 +13,7 @@ import pytest
 
 from src import hub_datasets
 from src.config import CorpusSettings
+from src.labels import LABEL_IDS, label_id
 from src.pretraining_dataset import Documents, cleaned_documents
 from src.sources import SourceError, count_articles, describe_source, read_articles, read_labelled
 
@@ -124,6 +125,7 @@ BAD = {  # name: (file, content, what the message holds)
     "wrong column": ("a.csv", b"body_text,label\na,neutral\n", "has columns 'body_text', 'label': say which one to read with TEXT_COLUMN"),
     "not utf-8": ("a.csv", GOOD.encode() + b"it\x92s,neutral\n", "line 3 is not UTF-8 (byte 0x92 at position 3)"),
     "utf-16": ("a.csv", GOOD.encode("utf-16"), "a.csv is UTF-16"),
+    "semicolons": ("a.csv", b"text;label\na, b;neutral\n", "a.csv is separated by ';': save it with commas"),
     "ragged": ("a.csv", b"text,label\na,b,neutral\n", "row 1 (line 2) has 3 fields, the header 2"),
     "open quote": ("a.csv", b'text,label\na,neutral\n"b,neutral\n', "row 2 (line 3) is not valid csv"),
     "open header": ("a.csv", b'text,"label\na,neutral\n', "the header is not valid csv"),
@@ -151,6 +153,26 @@ def test_bad_files_stop_with_one_line(tmp_path, name):
     assert str(tmp_path / file) in str(error.value)
     assert "\n" not in str(error.value)
     assert ": " in str(error.value), "a cure follows the problem"
+
+
+def test_files_that_a_folder_passes_over_are_said(tmp_path):
+    """Breaks when half of the data stays unread because it is packed, and nobody hears of it."""
+    write(tmp_path / "a.csv")
+    (tmp_path / "b.csv.gz").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"b\.csv\.gz is not read, as 1 file\(s\): unpack it"):
+        assert len(read_labelled(tmp_path)) == len(ROWS)
+
+
+def test_half_an_emoji_is_one_unknown_sign(tmp_path):
+    """Breaks when a tweet cut at a length, which JSON can hold and UTF-8 cannot, stops the run when it is written."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "Profit \ud83d rose", "label": "neutral"}', encoding="utf-8")
+    assert read_labelled(tmp_path / "a.jsonl").text.tolist() == ["Profit \ufffd rose"]
+
+
+@pytest.mark.parametrize("value", ["1", "1.0", "+1", 1, 1.0])
+def test_a_number_is_the_same_label_however_it_is_written(value):
+    """Breaks when a column of integers with one missing, which a csv then holds as 1.0, has no meaning any more."""
+    assert label_id(value, {"1": "bullish"}) == LABEL_IDS["bullish"]
 
 
 def test_hidden_folders_are_not_data(tmp_path):
