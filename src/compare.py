@@ -11,7 +11,7 @@ folds (rows that other folds judge; with `--validation` they are apart); with `-
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,19 @@ import pandas as pd
 from src.artifacts import data_digest, open_artifact, published_command
 from src.baselines import BASELINES
 from src.config import TrainingSettings
-from src.cross_validation import CONTESTANTS, METHODS, Finished, Job, Runner, folds_of, labelled_rows, rows_digest
+from src.cross_validation import (
+    CONTESTANTS,
+    METHODS,
+    VALIDATION,
+    Finished,
+    Job,
+    Runner,
+    folds_of,
+    held_out,
+    labelled_rows,
+    part_of,
+    rows_digest,
+)
 from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import installed_versions, machine
 from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
@@ -30,12 +42,18 @@ from src.finetuning import MODEL_NAMES
 from src.finetuning_dataset import check_published_classes, groups_of
 from src.precision import precision_of
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
-from src.qlora import base_digest
+from src.qlora import base_digest, require_bitsandbytes
 from src.sources import describe_source
+from src.splits import SplitError
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
-REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init")  # what every fine-tuned model is compared with, beside its own adapters
+REFERENCES = (
+    "tfidf_svm",
+    "tfidf_word_list_svm",
+    "random_init",
+    "text_to_text_random_init",
+)  # what every fine-tuned model is compared with, beside its own adapters
 
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
@@ -63,13 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-map", help="meaning of the labels, e.g. 0=bearish,1=bullish,2=neutral")
     add_settings_options(parser, "mini")
     parser.add_argument("--base", type=Path, help="a T5 checkpoint with its tokenizer, in place of the profile's `pretrained` artifact")
-    parser.add_argument("--folds", type=int, default=10)
-    parser.add_argument("--only-folds", type=int, help="run the first few folds only, for a look")
+    parser.add_argument("--folds", type=at_least(2), default=10)
+    parser.add_argument("--only-folds", type=at_least(1), help="run the first few folds only, for a look")
     parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}")
     parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
     parser.add_argument("--rates", help="multiples of a model's learning rate that its own is chosen from, e.g. 0.3,1,3")
     parser.add_argument("--split-seeds", default="0", help="draws of the folds, e.g. 0,1,2: each text is then judged once in each draw")
-    parser.add_argument("--processes", type=int, default=1, help="models trained side by side, each on its share of the cores")
+    parser.add_argument("--processes", type=at_least(1), default=1, help="models trained side by side, each on its share of the cores")
     parser.add_argument("--fractions", help="shares of the training labels, e.g. 0.02,0.05,0.1,0.25,0.5,1")
     parser.add_argument("--output", type=Path, help="JSON file to write; pictures go beside it")
 
@@ -80,10 +98,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     unknown = [model for model in models if model not in BASELINES and model not in CONTESTANTS]
     if unknown:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
+    if any(model in CONTESTANTS and CONTESTANTS[model].method == "qlora" for model in models):
+        require_bitsandbytes()
     settings = settings_of(arguments)
     splits = list(splits_of(arguments, settings))
+    fractions = fractions_of(arguments.fractions, models, splits)
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
-    base = arguments.base or open_artifact(settings, "pretrained").path
+    needs_base = any(model in CONTESTANTS for model in models)
+    base = arguments.base or (open_artifact(settings, "pretrained").path if needs_base else None)
+    if needs_base and not (base / "config.json").is_file():
+        raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini")
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
     runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes)
@@ -94,10 +118,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report = report_of(finished, splits)
     for entry in report["models"]:
         entry |= rates.get(entry["name"], {})
-    if arguments.fractions:
-        report["fractions"] = label_efficiency(runner, finished, splits, seeds, numbers(arguments.fractions))
+    if fractions:
+        report["fractions"] = label_efficiency(runner, finished, splits, seeds, fractions)
     report |= {"rows": report["models"][0]["rows"], "folds": len(splits), "seeds": seeds, "seed": draws[0], "split_seeds": draws}
-    report |= {"profile": settings.profile, "base_sha256": base_digest(base), "split_sha256": data}
+    report |= {"profile": settings.profile, "base_sha256": base_digest(base) if needs_base else None, "split_sha256": data}
     report |= {"command": published_command("src.pipeline", sys.argv[1:])}
     sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
     report |= {"data_sha256": data_digest(sources) or data, "packages": installed_versions(), "machine": machine()}
@@ -141,11 +165,44 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
 
 
 def whole_numbers(text: str) -> list[int]:
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ComparisonError(f"{text!r} are not whole numbers: give them as 0,1,2") from None
 
 
 def numbers(text: str | None) -> list[float]:
-    return [float(part) for part in text.split(",")] if text else []
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ComparisonError(f"{text!r} are not numbers: give them as 0.3,1,3") from None
+
+
+def fractions_of(text: str | None, models: Sequence[str], splits: Sequence[Split]) -> list[float]:
+    """The shares of the labels that the curve is drawn for, each of which every split can give."""
+    fractions = numbers(text)
+    if fractions and not any(model in CURVE_MODELS for model in models):
+        raise ComparisonError(f"--fractions draws a curve of {', '.join(CURVE_MODELS)}: name one of them in --models")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise ComparisonError(f"--fractions {fraction:g} is not a share of the labels: 0.05 is 5 %")
+        for split in splits:
+            try:
+                held_out(part_of(split.rest, fraction, split.fold)[0], VALIDATION, split.fold)
+            except SplitError as error:
+                raise ComparisonError(f"--fractions {fraction:g} is too small a share here: {error}") from None
+    return fractions
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of option: a whole number that is not smaller."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return parse
 
 
 def choose_rates(
@@ -190,7 +247,7 @@ def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequenc
     for number, (job, rest, test) in enumerate(jobs_of(model, splits, seeds, **changes)):
         done.append(result := runner.run(job, rest, test))
         right = float((result.test["prediction"] == result.test["label"]).mean())
-        about = "" if job.fraction == 1 else f", {job.fraction:.0%} of the labels"
+        about = "" if job.fraction == 1 else f", {100 * job.fraction:g}% of the labels"
         about += "" if job.learning_rate is None else f", learning rate {job.learning_rate:g}"
         fold = f"fold {number % len(splits) + 1}/{len(splits)}"
         print(f"{model}: {fold}, seed {job.seed}{about}: {job.judged} accuracy {right:.3f}", flush=True)

@@ -129,6 +129,11 @@ def part_of(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[pd.DataFram
     return rows[part == 0], rows[part == 1]
 
 
+def held_out(labelled: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that a fold's model does not learn from, and those that it does."""
+    return part_of(labelled, min(MOST_VALIDATION, max(VALIDATION_ROWS / len(labelled), share)), seed)
+
+
 @dataclass(frozen=True)
 class Runner:
     """Runs jobs and keeps what they leave in `folder`."""
@@ -205,8 +210,7 @@ class Runner:
         return settings if job.learning_rate is None else settings.with_learning_rate(job.learning_rate)
 
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
-        fraction = max(VALIDATION_ROWS / len(labelled), RATE_VALIDATION if job.judged == "validation" else VALIDATION)
-        validation, train = part_of(labelled, min(MOST_VALIDATION, fraction), job.fold)
+        validation, train = held_out(labelled, RATE_VALIDATION if job.judged == "validation" else VALIDATION, job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
         if job.fraction < 1:  # the curve's scores need no temperature: train on all, as TF-IDF does
             train = labelled

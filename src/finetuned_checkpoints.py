@@ -33,6 +33,9 @@ def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init
 
     Args:
         random_init: keep the checkpoint's shape and forget its weights: the control that shows what pre-training is worth.
+
+    Raises:
+        FinetuningError: not a checkpoint, one that lacks weights, or one that has a head, which has seen labels.
     """
     if not (folder / "config.json").is_file():
         raise FinetuningError(f"{folder} holds no config.json: it is not a checkpoint, run pretrain_t5_small.ipynb")
@@ -49,7 +52,13 @@ def load_base(task: str, folder: Path, settings: FinetuningSettings, random_init
             raise FinetuningError(f"{folder} has an output layer of its own, which is not drawn anew: leave text_to_text_random_init out")
         return model_class(config)
     with quiet_transformers():
-        return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+        model, report = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    of_head = {name for name in report["missing_keys"] if name.startswith("classification_head.")}
+    if missing := sorted(report["missing_keys"] - of_head):
+        raise FinetuningError(f"{folder} lacks {missing[0]}: name the folder of a whole T5 checkpoint")
+    if task == "classification" and not of_head:
+        raise FinetuningError(f"{folder} is fine-tuned, its head has seen labels: name the pre-trained checkpoint")
+    return model
 
 
 @contextmanager
@@ -89,6 +98,8 @@ def save_finetuned(
     tokenizer.save_pretrained(folder)
     about = {"task": task, "method": settings.method, "temperature": temperature, "cleaning": cleaning}
     about |= {key: getattr(settings, key) for key in ("pooling", "inputs_length", "targets_length", "precision")}
+    # On a device that decides the precision otherwise, the base would round otherwise, and quantise to other levels.
+    about["frozen_dtype"] = str(frozen_dtype(settings)).removeprefix("torch.")
     (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
 
 
@@ -113,8 +124,8 @@ def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings
     if about["method"] == "full":
         model = load_full(about["task"], folder)
     else:
-        base = load_base(about["task"], base_folder, settings)
-        model = load_adapter(base.to(frozen_dtype(settings)), folder, base_folder, precision_dtype(settings))
+        base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))
+        model = load_adapter(base, folder, base_folder, precision_dtype(settings))
     return model.eval(), load_tokenizer(folder), about
 
 
@@ -124,7 +135,7 @@ def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings,
     if about["method"] == "full":
         model = load_full(about["task"], folder).to(torch.bfloat16)
     else:
-        base = load_base(about["task"], base_folder, settings).to(frozen_dtype(settings))  # what was quantised in training
+        base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))  # what was quantised in training
         model = merge_to_16_bit(base, folder, base_folder, compute_dtype=precision_dtype(settings))
     with quiet_transformers():
         model.save_pretrained(target)

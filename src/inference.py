@@ -147,8 +147,9 @@ def generate_labels(
         batch = to_device({key: batch[key] for key in ("input_ids", "attention_mask")}, model)
         with autocast(model, settings):
             output = model.generate(**batch, max_new_tokens=longest, do_sample=False, num_beams=1)
-        for index, text in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            written[index] = text.strip()
+        for index, ids in zip(chosen, output[:, 1:].tolist(), strict=True):  # without the padding id that a T5 starts with
+            ends = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            written[index] = tokenizer.decode(ids[:ends], skip_special_tokens=False).strip()  # a sentinel before a label is no label
     return written
 
 

@@ -148,7 +148,12 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         case "paged_adamw_8bit":  # states in 8 bit, paged to main memory when the GPU is full (arXiv 2305.14314, section 3)
             if not torch.cuda.is_available():
                 raise OptimizerError("optimizer paged_adamw_8bit needs a CUDA device: choose adamw")
-            from bitsandbytes.optim import PagedAdamW8bit
+            try:
+                from bitsandbytes.optim import PagedAdamW8bit
+            except ImportError:
+                raise OptimizerError(
+                    "optimizer paged_adamw_8bit needs bitsandbytes: run `pip install bitsandbytes`, or choose adamw"
+                ) from None
 
             return PagedAdamW8bit(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2

@@ -75,9 +75,9 @@ class Classifier:
         Raises:
             PredictionError: no text, or one that is blank once it is cleaned.
         """
+        if isinstance(texts, str) or not len(texts):
+            raise PredictionError("there is no text to classify: give a list of texts")
         texts = list(texts)
-        if not texts:
-            raise PredictionError("there is no text to classify")
         cleaned = [clean_sentence(text, self.cleaning) for text in texts]
         blank = next((number for number, text in enumerate(cleaned, 1) if not text.strip()), None)
         if blank is not None:
@@ -97,7 +97,10 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
         return arguments.texts
     if arguments.file and not arguments.file.is_file():
         raise PredictionError(f"{arguments.file} is not a file: give a text file with one text a line")
-    lines = (arguments.file.read_text(encoding="utf-8-sig") if arguments.file else sys.stdin.read()).split("\n")
+    try:
+        lines = (arguments.file.read_text(encoding="utf-8-sig") if arguments.file else sys.stdin.read()).split("\n")
+    except UnicodeDecodeError as error:
+        raise PredictionError(f"{arguments.file or 'standard input'} is not UTF-8 ({error.reason}): save it as UTF-8") from None
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -83,14 +83,14 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
 
 
 def grouped_stratified_folds(labels: Sequence[int], groups: Sequence[int], folds: int, seed: int) -> np.ndarray:
-    """Fold of every row for cross-validation, int8 (rows,): rows of one group together, classes in equal shares.
+    """Fold of every row for cross-validation, int64 (rows,): rows of one group together, classes in equal shares.
 
     Raises:
         SplitError: a class is missing or has fewer groups than there are folds.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     check_classes(labels, groups, folds, f"{folds}-fold cross-validation")
-    fold_of = np.zeros(len(labels), np.int8)
+    fold_of = np.zeros(len(labels), np.int64)
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
         fold_of[test] = fold

@@ -16,6 +16,7 @@ from src import compare, cross_validation
 from src.evaluation import PROBABILITY_COLUMNS, evaluate_predictions, predictions_frame
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.profiles import settings_for
+from src.qlora import QuantisationError
 from src.sample_data import sample_sentences
 from src.splits import SplitError
 from src.tokenizer import train_tokenizer
@@ -297,3 +298,21 @@ def test_errors_come_before_any_training(run, monkeypatch):
         run("--models", "majority,pretraned")
     with pytest.raises(SplitError, match="too few"):
         run("--folds", "200")
+    with pytest.raises(compare.ComparisonError, match="is not a checkpoint: name a folder"):
+        run("--base", "results/typo")
+    with pytest.raises(compare.ComparisonError, match=r"'0\.5' are not whole numbers"):
+        run("--seeds", "0.5")
+    for fractions, message in (
+        ("5", "5 is not a share of the labels: 0.05 is 5 %"),
+        ("1,0", "0 is not a share"),
+        ("0.001", "too small a share"),
+    ):
+        with pytest.raises(compare.ComparisonError, match=message):
+            run("--fractions", fractions)
+    with pytest.raises(compare.ComparisonError, match="draws a curve of tfidf_svm"):
+        run("--fractions", "0.5", "--models", "majority,text_to_text")
+    with pytest.raises(SystemExit):
+        run("--only-folds", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(QuantisationError, match="pip install bitsandbytes"):
+        run("--models", "pretrained_head,pretrained_head_qlora")

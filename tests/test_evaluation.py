@@ -140,6 +140,9 @@ def test_tables_name_the_texts():
     by_length = evaluation.macro_f1_by_length(predictions, rows, quantiles=2)
     assert by_length["words"].tolist() == ["3", "9"]
     assert by_length["accuracy"].tolist() == [0.0, 1.0]
+    assert by_length["macro_f1"].tolist() == [0.0, 1.0]  # over the classes that a group holds
+    same = evaluation.macro_f1_by_length(predictions, rows.assign(text="one two"), quantiles=2)
+    assert same["words"].tolist() == ["2"]
 
 
 BAD = {

@@ -101,7 +101,7 @@ def test_exported_model_is_stock_and_says_the_same(base, tmp_path, method):
 
 
 def test_an_adapter_is_merged_onto_the_weights_that_it_was_trained_on(base, tmp_path):
-    """In bf16 those are rounded before they are quantised, which moves a quarter of them to another of the 16 levels."""
+    """In bf16 those are rounded before they are quantised, which moves some to another of the 16 levels."""
     chosen = settings("qlora", precision="bf16", max_steps=1, learning_rate=1e-9)  # an adapter that adds nothing
     tuned = finetuning.finetune("text_to_text", base, SPLITS, chosen, tmp_path / "checkpoints")
     (tmp_path / "saved").mkdir()
@@ -114,6 +114,23 @@ def test_an_adapter_is_merged_onto_the_weights_that_it_was_trained_on(base, tmp_
         weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         stock = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer")).weight
         torch.testing.assert_close(weight.bfloat16(), stock.detach().bfloat16(), rtol=1e-2, atol=1e-6, msg=name)
+
+
+def test_an_adapter_stands_on_the_same_4_bits_on_another_device(base, tmp_path, monkeypatch):
+    """A precision left to the device is bf16 on one and float32 on another: the base would be quantised from other numbers."""
+    chosen = settings("qlora", precision="auto", max_steps=1)
+    monkeypatch.setattr("src.precision.best_precision", lambda: "bf16")
+    tuned = finetuning.finetune("classification", base, SPLITS, chosen, tmp_path / "checkpoints")
+    (tmp_path / "saved").mkdir()
+    finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "classification", chosen, 1.0, "default")
+    monkeypatch.setattr("src.precision.best_precision", lambda: "fp32")
+    model, _, _ = finetuned_checkpoints.load_finetuned(tmp_path / "saved", base, chosen)
+    codes = [
+        {name: module.weight.data for name, module in each.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+        for each in (tuned.model, model)
+    ]
+    assert len(codes[0]) > 5
+    assert all(torch.equal(code, codes[1][name]) for name, code in codes[0].items())
 
 
 @pytest.mark.parametrize("task", ["classification", "text_to_text"])
@@ -151,6 +168,18 @@ def test_only_the_exact_word_counts_as_a_label():
     """A generator that writes `bullish bullish` or `bull` has not answered."""
     written = ["bullish", "bull", "", "bearish bearish", "Neutral", "neutral"]
     assert inference.label_ids_of(written).tolist() == [2, NO_LABEL, NO_LABEL, NO_LABEL, NO_LABEL, 1]
+
+
+def test_what_is_written_around_a_label_is_no_label(base, monkeypatch):
+    """A model of span corruption opens with a sentinel by habit: dropped in decoding, its answer would count as right."""
+    model, tokenizer = loaded("text_to_text", base)
+    answers = ["bullish</s>", "<extra_id_0> bullish</s>", "bearish</s><pad><pad>", "<pad> neutral</s>", "neutral"]
+    ids = [[0, *tokenizer(answer, add_special_tokens=False)["input_ids"]] for answer in answers]
+    output = torch.tensor([row + [0] * (max(map(len, ids)) - len(row)) for row in ids])
+    monkeypatch.setattr(model, "generate", lambda **_: output)
+    texts = ["text " * (1 + number) for number in range(len(answers))]  # in the order in which they are asked
+    written = inference.generate_labels(model, tokenizer, texts, settings())
+    assert inference.label_ids_of(written).tolist() == [2, NO_LABEL, 0, NO_LABEL, NO_LABEL]
 
 
 def test_generation_is_free(base):
@@ -224,6 +253,12 @@ def test_what_cannot_be_fine_tuned_is_said_in_one_line(base, tmp_path):
         finetuned_checkpoints.load_base("classification", tmp_path, settings())
     with pytest.raises(FinetuningError, match="not a fine-tuned model"):
         finetuned_checkpoints.load_finetuned(base, base, settings())
+    for task in ("classification", "text_to_text"):
+        finetuned_checkpoints.load_base(task, base, settings()).save_pretrained(tmp_path / task)
+    with pytest.raises(FinetuningError, match="is fine-tuned, its head has seen labels: name the pre-trained checkpoint"):
+        finetuned_checkpoints.load_base("classification", tmp_path / "classification", settings())
+    with pytest.raises(FinetuningError, match=r"lacks decoder\.block\.0\S+: name the folder of a whole T5 checkpoint"):
+        finetuned_checkpoints.load_base("text_to_text", tmp_path / "classification", settings())
 
 
 def test_full_checkpoint_without_its_head_or_with_other_labels_is_refused(base, tmp_path):

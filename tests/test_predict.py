@@ -177,7 +177,8 @@ def test_damaged_and_mismatched_models_are_refused(artifacts, tmp_path):
 def test_no_text_is_an_error_in_python_too(artifacts):
     """An empty frame back would hide that nothing was asked."""
     model = Classifier.load("sample")
-    with pytest.raises(PredictionError, match="no text"):
-        model.classify([])
+    for nothing in ([], "Profit rose."):  # a string would be taken for its letters
+        with pytest.raises(PredictionError, match="no text to classify: give a list of texts"):
+            model.classify(nothing)
     with pytest.raises(PredictionError, match="text 2 of 2 is blank, or was nothing but a link"):
         model.classify(["Profit rose.", "https://example.com/x"])

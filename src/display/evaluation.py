@@ -225,7 +225,7 @@ def label_efficiency_figure(curve: pd.DataFrame) -> Figure:
         axes.plot(rows["fraction"], rows["macro_f1"], marker=next(markers), color=colour_of(model), label=model)
     axes.set_xscale("log")
     ticks = sorted(curve["fraction"].unique())
-    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="share of the training labels", ylabel="macro-F1")
     axes.legend(frameon=False, fontsize=9)
