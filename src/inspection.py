@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.collators import Documents, PackedEpoch
+from src.collators import PackedEpoch
 from src.config import FinetuningSettings, PretrainingSettings
 from src.distant_supervision import LabelledSentences
 from src.evaluation import predictions_frame
@@ -40,7 +40,7 @@ def fullest_row(epoch: PackedEpoch) -> dict[str, torch.Tensor]:
     return epoch.batch(row, row + 1)
 
 
-def compare_packing(documents: Documents, tokenizer: Any, settings: PretrainingSettings) -> dict[str, dict[str, float]]:
+def compare_packing(documents: TokenizedDocuments, tokenizer: Any, settings: PretrainingSettings) -> dict[str, dict[str, float]]:
     """Rows and used positions of one epoch: one text a row, plain concatenation, best fit."""
     source = PretrainingBatches(documents, tokenizer, settings)
     inputs, targets = corrupted_lengths(source.windows(0)[2], *source.noise)
