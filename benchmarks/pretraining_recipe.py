@@ -24,7 +24,14 @@ from src.inference import to_device
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.optimizers import build_optimizer, learning_rate_factor
 from src.precision import autocast, precision_dtype
-from src.pretraining import SpanCorruptionEvaluation, first_weights, model_config, new_model
+from src.pretraining import (
+    SpanCorruptionEvaluation,
+    first_weights,
+    model_config,
+    new_model,
+    training_source,
+    validation_source,
+)
 from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments, load_tokenizer
 
@@ -108,7 +115,7 @@ def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCor
 def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, documents) -> list[Contestant]:
     """Baseline and default, from the same first weights where the default's are T5's; time spent on other ones counts."""
     default = settings.pretraining
-    baseline = replace(default, optimizer="adafactor_t5", packing="concatenate")
+    baseline = replace(default, optimizer="adafactor_t5", packing="concatenate", labelled_share=0.0)
     config = model_config(settings.model, tokenizer)
     model = new_model(config, default.seed)
     paper = replace(settings.model, feed_forward_proj="relu")
@@ -125,7 +132,7 @@ def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, docume
     spent = time.perf_counter() - started
     return [
         Contestant("baseline", stock, PretrainingBatches(documents, tokenizer, baseline), baseline),
-        Contestant("default", model, PretrainingBatches(documents, tokenizer, default), default, seconds=spent),
+        Contestant("default", model, training_source(documents, tokenizer, default), default, seconds=spent),
     ]
 
 
@@ -155,7 +162,7 @@ def main() -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     folder = open_artifact(settings, "pretraining_dataset").path
     both = contestants(settings, tokenizer, tokenizer_folder, TokenizedDocuments.load(folder, "train"))
-    validation = PretrainingBatches(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining)
+    validation = validation_source(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining)
     evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
     judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}
     budget = options.minutes * 60

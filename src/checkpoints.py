@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2  # the newest and one to fall back to
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.safetensors", "optimizer.safetensors", "state.json", "training_log.jsonl"
-FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every", "tracker")  # settings that leave the result of a run as it is
+# Settings that may change while a run is interrupted. Fewer rows at a time draw dropout's masks otherwise; memory may leave no choice.
+FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every", "tracker")
 
 
 class CheckpointError(ValueError):
@@ -121,6 +122,10 @@ class Checkpoints:
             (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
         for old in [kept for kept in self._all() if kept not in self.damaged][KEPT:]:
             shutil.rmtree(old)
+
+    def other_runs(self) -> list[str]:
+        """Names of other runs beside this one, of which a checkpoint is left."""
+        return sorted({step.parent.name for step in self.folder.parent.glob("run-*/step-*") if step.parent != self.folder})
 
     def save_best(self, model: nn.Module, state: TrainingState, metrics: Mapping[str, float]) -> None:
         weights = trainable_tensors(model)

@@ -125,6 +125,15 @@ class LabelledSentences:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def require_room(self, inputs_length: int, targets_length: int) -> None:
+        """Raises DistantSupervisionError unless the longest sentence that may be drawn fits into a row, or a later epoch would stop."""
+        longest = len(self.prefix) + LONGEST + 1, max(map(len, self.label_words))
+        for name, length, needed in zip(("inputs_length", "targets_length"), (inputs_length, targets_length), longest, strict=True):
+            if length < needed:
+                raise DistantSupervisionError(
+                    f"pretraining.{name} is {length}, and a labelled sentence may need {needed}: raise it, or set labelled_share=0"
+                )
+
     def draw(self, tokens: float, rng: np.random.Generator) -> SentencePairs:
         """As many sentences of each label, their inputs about `tokens` long in all, or fewer where a label has no more.
 

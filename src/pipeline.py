@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -229,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a notebook that trains is told, and saves
     try:
         if arguments.command == "compare":
             arguments.compare(arguments)

@@ -7,6 +7,7 @@ afterwards with the same settings, and it finds the training done, shows what ca
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
@@ -16,7 +17,7 @@ from transformers import T5Config
 from src.artifacts import Artifact, open_artifact
 from src.initialisation import CheckpointStart, InformedStart
 from src.interruption import INTERRUPTED, TrainingInterrupted
-from src.pretraining import SpanCorruptionEvaluation, first_weights, model_config, new_model, training_source
+from src.pretraining import SpanCorruptionEvaluation, first_weights, model_config, new_model, training_source, validation_source
 from src.pretraining_batches import PretrainingBatches
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, settings_for
 from src.tokenizer import TokenizedDocuments, load_tokenizer
@@ -33,12 +34,13 @@ def pretrain(
     initialise: InformedStart | CheckpointStart | None,
     on_evaluation: Callable[[list[dict[str, Any]]], None],
 ) -> TrainingResult:
-    """`src.training.train`, told what makes two runs of stage 3 one (settings, `inputs`, first weights) and where its checkpoints lie.
+    """`src.training.train`, told what makes two runs of stage 3 one (model, settings, `inputs`, first weights) and where checkpoints lie.
 
     The model is made here, of `config`: one that has been trained in place would start another run.
     """
-    read = {artifact.name: artifact.digest for artifact in inputs}
+    read: dict[str, Any] = {artifact.name: artifact.digest for artifact in inputs}
     read |= {source["path"]: source["sha256"] for source in (initialise.sources if initialise else ())}
+    read |= {"model": asdict(settings.model)}  # dropout changes no weight by which the loop could tell two models apart
     return train(
         new_model(config, settings.pretraining.seed),
         source,
@@ -57,10 +59,10 @@ def run(settings: Settings) -> TrainingResult:
     tokenizer = load_tokenizer(inputs[0].path)
     documents = {split: TokenizedDocuments.load(inputs[1].path, split) for split in ("train", "validation")}
     train_source = training_source(documents["train"], tokenizer, settings.pretraining)
-    validation_source = PretrainingBatches(documents["validation"], tokenizer, settings.pretraining)
     config = model_config(settings.model, tokenizer)
     start = first_weights(config, documents["train"], inputs[0].path, settings.pretraining)
-    evaluate = SpanCorruptionEvaluation(validation_source, tokenizer, settings.pretraining.validation_rows)
+    held_out = validation_source(documents["validation"], tokenizer, settings.pretraining)
+    evaluate = SpanCorruptionEvaluation(held_out, tokenizer, settings.pretraining.validation_rows)
     return pretrain(settings, inputs, config, train_source, evaluate=evaluate, initialise=start, on_evaluation=print_evaluation)
 
 

@@ -8,6 +8,7 @@ models with different tokenizers.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def training_source(documents: TokenizedDocuments, tokenizer: Any, settings: Pre
     """What the model trains on: span corruption, and labelled sentences of the same documents where the settings give them a share."""
     sentences = LabelledSentences(documents, tokenizer) if settings.labelled_share else None
     return PretrainingBatches(documents, tokenizer, settings, sentences=sentences)
+
+
+def validation_source(documents: TokenizedDocuments, tokenizer: Any, settings: PretrainingSettings) -> PretrainingBatches:
+    """What the losses are reported on: the same rows and masks for every seed, or models of two seeds could not be compared."""
+    return PretrainingBatches(documents, tokenizer, replace(settings, seed=0))
 
 
 class SpanCorruptionEvaluation:

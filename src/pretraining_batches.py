@@ -44,6 +44,8 @@ class PretrainingBatches:
         self.first_sentinel_id, self.num_sentinels = sentinel_range(tokenizer)
         self.noise = (settings.noise_density, settings.mean_noise_span_length)
         self.window = window_length(settings.inputs_length, settings.targets_length, *self.noise)
+        if sentences is not None:
+            sentences.require_room(settings.inputs_length, settings.targets_length)
         spans = noise_counts(self.window, *self.noise)[1]
         if spans > self.num_sentinels:
             raise SpanCorruptionError(

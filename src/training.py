@@ -79,7 +79,10 @@ def train(
     """
     keep_freed_memory()
     run = TrainingRun(model, train_source, settings, output_dir, evaluate, monitor, higher_is_better, run_inputs or {})
-    if not run.resume() and initialise is not None:
+    resumed = run.resume()
+    if resumed and on_evaluation is not None and run.state.best is not None and run.accelerator.is_main_process:
+        on_evaluation(run.log)
+    elif not resumed and initialise is not None:
         run.initialise(initialise)
     with StopRequest() as stop, run.show_progress() as bar, compiled_blocks(model, settings.compile):
         run.evaluate_if_due(on_evaluation)
@@ -130,6 +133,11 @@ class TrainingRun:
         if (found := self.checkpoints.load_newest(self.model, self.optimizer, self.gradients.scaler)) is not None:
             self.state, self.log = found
             print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
+        elif self.accelerator.is_main_process and (others := self.checkpoints.other_runs()):
+            print(
+                f"a new run: {', '.join(others)} in {self.checkpoints.folder.parent} had other settings or data, or"
+                f" another number format than {self.gradients.precision}"
+            )
         self.require_one_place()
         self.clock_start = time.monotonic() - self.state.seconds
         self.open_epoch()

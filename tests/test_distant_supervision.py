@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks import pretraining_recipe
 from src.config import PretrainingSettings
 from src.distant_supervision import LONGEST, SHORTEST, DistantSupervisionError, LabelledSentences
+from src.inspection import sentences_without_list_words
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.pretraining_batches import PretrainingBatches
+from src.profiles import settings_for
 from src.sources import read_articles
 from src.tokenizer import TokenizedDocuments, encode_texts, train_tokenizer
 from src.word_list import polar_word_counts
@@ -129,6 +132,31 @@ def test_a_corpus_without_bad_news(tokenizer):
     )
     with pytest.raises(DistantSupervisionError, match="no bearish sentence in the corpus: set "):
         LabelledSentences(documents, tokenizer).draw(100, np.random.default_rng(0))
+
+
+def test_rows_too_short_for_a_sentence_are_refused_at_once(sentences, texts, tokenizer):
+    """The longest sentences are few: a run would stop in the epoch that draws the first of them."""
+    for name, length in (("inputs_length", 80), ("targets_length", max(map(len, sentences.label_words)) - 1)):
+        settings = replace(SETTINGS, **{name: length})
+        with pytest.raises(DistantSupervisionError, match=f"pretraining.{name} is {length}, and a labelled sentence may need"):
+            PretrainingBatches(tokenized(texts, tokenizer), tokenizer, settings, sentences=sentences)
+
+
+def test_a_validation_part_without_some_label_is_no_reason_to_stop(tokenizer):
+    """A few articles of one's own hold no bad news in the twentieth that is held out, and the model is trained by then."""
+    one = tokenized(["Sales of the group in Asia rose again in the third quarter."], tokenizer)
+    with pytest.warns(UserWarning, match="no bearish sentence in the corpus, so the check of labels is left out"):
+        assert sentences_without_list_words(one, tokenizer) is None
+
+
+def test_the_recipe_benchmark_takes_a_profile_with_a_second_task(texts, tokenizer):
+    """Its baseline is the paper's, which has none; its default learns what the training loop would."""
+    settings = settings_for("sample")
+    assert settings.pretraining.labelled_share > 0
+    settings = replace(settings, pretraining=replace(settings.pretraining, initialisation="t5"))
+    baseline, default = pretraining_recipe.contestants(settings, tokenizer, None, tokenized(texts, tokenizer))
+    assert baseline.source.sentences is None
+    assert default.source.sentences is not None
 
 
 def test_the_mixture_loses_nothing(sentences, texts, tokenizer):

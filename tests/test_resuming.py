@@ -7,12 +7,17 @@ import os
 import random
 import signal
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from src.interruption import TrainingInterrupted
+from src import pipeline
+from src.interruption import INTERRUPTED, TrainingInterrupted
+from src.pretrain import pretrain
+from src.pretraining import model_config, validation_source
+from src.profiles import settings_for
 from src.training import TrainingRun
 from tests import tiny_run
 
@@ -114,8 +119,31 @@ def test_another_run_never_resumes_from_this_one(tmp_path, capsys):
     folders.add(tiny_run.run(tmp_path, model=changed_model(), max_steps=2).folder)
     folders.add(tiny_run.run(tmp_path, count=29, max_steps=2).folder)
     assert len(folders) == 4
-    assert "resumed" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "resumed" not in printed
+    assert printed.count("a new run: run-") == 3  # hours that seem lost are told of
     assert tiny_run.run(tmp_path, max_steps=2, rows_per_micro_batch=4).folder in folders  # this one changes no result
+
+
+def test_a_setting_of_the_model_makes_another_run(monkeypatch):
+    """Dropout changes no weight: the finished run of another dropout would be taken for this one."""
+    monkeypatch.setattr("src.pretrain.train", lambda *_, run_inputs, **__: run_inputs)
+    read = []
+    for changes in ({}, {"model.dropout_rate": 0.3}, {"model.relative_attention_max_distance": 64}):
+        settings = settings_for("sample", changes)
+        config = model_config(settings.model, tiny_run.FixedVocabulary())
+        read.append(pretrain(settings, [], config, tiny_run.source(), evaluate=None, initialise=None, on_evaluation=None))
+    assert len({json.dumps(one) for one in read}) == 3
+
+
+def test_losses_are_on_the_same_rows_for_every_seed():
+    """Which rows are read moves the loss by more than many a change that it is to judge."""
+    batches = [
+        validation_source(tiny_run.documents(), tiny_run.FixedVocabulary(), replace(tiny_run.SETTINGS, seed=seed)).epoch(0)[0]
+        for seed in (0, 1)
+    ]
+    for key, values in batches[0].items():
+        assert torch.equal(values, batches[1][key])
 
 
 def test_first_weights_are_set_once(tmp_path):
@@ -139,6 +167,18 @@ def test_first_weights_are_set_once(tmp_path):
         tiny_run.run(tmp_path / "cut", evaluate=fail_late, initialise=initialise, max_steps=12)
     assert tiny_run.digests(tiny_run.run(tmp_path / "cut", initialise=initialise, max_steps=12)) == tiny_run.digests(whole)
     assert len(calls) == 2
+
+
+def test_the_pipeline_is_asked_to_stop_as_a_notebook_is(monkeypatch, capsys):
+    """A cluster's SIGTERM would end it at once, and the notebook that trains would be ended without having saved."""
+    monkeypatch.setattr("sys.argv", ["pipeline", "run"])
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert pipeline.main() == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "interrupted: what is finished is kept" in capsys.readouterr().err
 
 
 def changed_model():

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,9 @@ def digests(result):
         out[name] = digest.hexdigest()
     saved = [json.loads(line) for line in (last / LOG).read_text().splitlines()]
     out[LOG] = hashlib.sha256(json.dumps(without_clocks(saved)).encode()).hexdigest()
-    out["steps"] = result.state.step
+    best = load_file(result.folder / "best" / WEIGHTS)
+    out["best"] = hashlib.sha256(b"".join(key.encode() + tensor.numpy().tobytes() for key, tensor in sorted(best.items()))).hexdigest()
+    out["state"] = {key: value for key, value in asdict(result.state).items() if key not in CLOCKS}
     return out
 
 

@@ -114,11 +114,11 @@ def smoothed(values: pd.Series) -> pd.Series:
     return values.ewm(span=max(2, len(values) // 40)).mean()
 
 
-def loss_axes(axes: plt.Axes, log: Sequence[Mapping[str, Any]]) -> None:
+def loss_axes(axes: plt.Axes, log: Sequence[Mapping[str, Any]], second_task: bool) -> None:
     steps, evaluations = steps_and_evaluations(log)
     plain_axes(axes)
     axes.plot(steps.index, steps["loss"], color=GRID, linewidth=1)
-    axes.plot(steps.index, smoothed(steps["loss"]), color=INK, linewidth=1.5, label="training")
+    axes.plot(steps.index, smoothed(steps["loss"]), color=INK, linewidth=1.5, label="training, both tasks" if second_task else "training")
     names = {"validation_loss": "validation", "validation_loss_without_sentinels": "validation, no sentinels"}
     for (column, label), style in zip(names.items(), ("-", "--"), strict=True):
         if column in evaluations:
@@ -128,23 +128,28 @@ def loss_axes(axes: plt.Axes, log: Sequence[Mapping[str, Any]]) -> None:
 
 
 class LiveLossCurve:
-    """A loss curve that redraws itself in place in Jupyter after each evaluation: pass it as `on_evaluation`."""
+    """A loss curve that redraws itself in place in Jupyter after each evaluation: pass it as `on_evaluation`.
 
-    def __init__(self) -> None:
+    Args:
+        second_task: the training loss counts the labels of sentences, too; the validation loss never does.
+    """
+
+    def __init__(self, second_task: bool) -> None:
+        self.second_task = second_task
         self.handle = DisplayHandle()
         self.handle.display(HTML("<i>the loss curve appears here with the first evaluation</i>"))
 
     def __call__(self, log: Sequence[Mapping[str, Any]]) -> None:
         figure, axes = plt.subplots(figsize=(7, 3), dpi=SCREEN_DPI)
-        loss_axes(axes, log)
+        loss_axes(axes, log, self.second_task)
         self.handle.update(finished(figure))
 
 
-def training_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Losses, bits per word, gradient norm and learning rate over the run."""
+def training_curves(log: Sequence[Mapping[str, Any]], second_task: bool) -> Figure:
+    """Losses, bits per word, gradient norm and learning rate over the run; `second_task` as for `LiveLossCurve`."""
     steps, evaluations = steps_and_evaluations(log)
     figure, panels = plt.subplots(2, 2, figsize=(10, 6), dpi=SCREEN_DPI)
-    loss_axes(panels[0, 0], log)
+    loss_axes(panels[0, 0], log, second_task)
     words = plain_axes(panels[0, 1])
     if "validation_bits_per_word" in evaluations:
         words.plot(evaluations.index, evaluations["validation_bits_per_word"], color=ACCENT, marker="o", markersize=3)
