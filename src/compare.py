@@ -48,12 +48,8 @@ from src.splits import SplitError
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
-REFERENCES = (
-    "tfidf_svm",
-    "tfidf_word_list_svm",
-    "random_init",
-    "text_to_text_random_init",
-)  # what every fine-tuned model is compared with, beside its own adapters
+# What every fine-tuned model is compared with, beside its own adapters.
+REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_random_init")
 
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
@@ -98,15 +94,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     unknown = [model for model in models if model not in BASELINES and model not in CONTESTANTS]
     if unknown:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
-    if any(model in CONTESTANTS and CONTESTANTS[model].method == "qlora" for model in models):
+    contestants = [CONTESTANTS[model] for model in models if model in CONTESTANTS]
+    if any(contestant.method == "qlora" for contestant in contestants):
         require_bitsandbytes()
     settings = settings_of(arguments)
     splits = list(splits_of(arguments, settings))
     fractions = fractions_of(arguments.fractions, models, splits)
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
-    needs_base = any(model in CONTESTANTS for model in models)
-    base = arguments.base or (open_artifact(settings, "pretrained").path if needs_base else None)
-    if needs_base and not (base / "config.json").is_file():
+    base = arguments.base or (open_artifact(settings, "pretrained").path if contestants else None)
+    if contestants and not (base / "config.json").is_file():
         raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini")
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
@@ -121,7 +117,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if fractions:
         report["fractions"] = label_efficiency(runner, finished, splits, seeds, fractions)
     report |= {"rows": report["models"][0]["rows"], "folds": len(splits), "seeds": seeds, "seed": draws[0], "split_seeds": draws}
-    report |= {"profile": settings.profile, "base_sha256": base_digest(base) if needs_base else None, "split_sha256": data}
+    report |= {"profile": settings.profile, "base_sha256": base_digest(base) if contestants else None, "split_sha256": data}
     report |= {"command": published_command("src.pipeline", sys.argv[1:])}
     sources = [source for path in (arguments.labelled, arguments.validation) if path for source in describe_source(path, labelled=True)]
     report |= {"data_sha256": data_digest(sources) or data, "packages": installed_versions(), "machine": machine()}

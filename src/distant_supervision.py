@@ -18,7 +18,7 @@ import pandas as pd
 
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.tokenizer import EOS_ID, WORD_START, TokenizedDocuments, encode_texts
-from src.word_list import Kind, kind_of, may_begin_listed_word, neighbours, polarities
+from src.word_list import Kind, begins_unit, kind_of, may_begin_listed_word, polarities
 
 SHORTEST, LONGEST = 10, 80  # tokens of a sentence that is used
 REMOVED = 0.7  # of the polar words: some stay, so that they are learned too
@@ -193,7 +193,7 @@ class Words:
             ids = self.tokens[starts[word] : starts[word] + length]
             kinds[word] = kind_of("".join(self.pieces.letters[token] for token in ids))
         numbers = np.searchsorted(bounds, starts, side="right")
-        keep = ~((kinds == Kind.AMOUNT) & (neighbours(kinds, numbers, -1) == Kind.AMOUNT))  # 4.5 is one amount
-        starts, kinds, numbers = starts[keep], kinds[keep], numbers[keep]
+        kept = begins_unit(kinds, numbers)
+        starts, kinds, numbers = starts[kept], kinds[kept], numbers[kept]
         counts, polarity = polarities(kinds, numbers)
         return starts[counts], polarity[counts]

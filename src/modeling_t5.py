@@ -5,8 +5,6 @@ and build the three masks from them. Parameter names, config and `generate` are 
 running a checkpoint, never another format.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from transformers import T5Config
@@ -14,16 +12,11 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 
 from src.attention import SegmentError, SegmentMask, at_least_float32
 from src.fused_loss import linear_cross_entropy
-from src.kv_cache import CacheError, T5Cache
+from src.input_checks import check_cache, check_class_labels, check_ids, check_options, check_segments, check_sides, check_target
 from src.packing import IGNORED
 from src.slim_generation import SlimGenerationMixin
 from src.t5_layers import compute_dtype
 from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
-
-UNSUPPORTED = (  # arguments of stock T5
-    "inputs_embeds", "decoder_inputs_embeds", "output_attentions", "output_hidden_states",
-    "head_mask", "decoder_head_mask", "cross_attn_head_mask",
-)  # fmt: skip
 
 
 def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_id: int) -> Tensor:
@@ -43,47 +36,6 @@ def mean_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) ->
     """Cross-entropy over labels that are not -100, divided by their number or by `num_items` (of the global batch)."""
     total = nn.functional.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (num_items if num_items is not None else (labels != IGNORED).sum().clamp(min=1))
-
-
-def can_look_at(values: Tensor | None) -> bool:
-    """Whether values can be checked: on other devices than the CPU that would cost a synchronisation."""
-    return values is not None and values.device.type == "cpu" and values.numel() > 0
-
-
-def check_ids(ids: Tensor | None, vocab_size: int, name: str) -> None:
-    """Refuse ids outside the vocabulary with the reason."""
-    if not can_look_at(ids):
-        return
-    lowest, highest = (int(extreme) for extreme in torch.aminmax(ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids))
-    if lowest < 0 or highest >= vocab_size:
-        raise ModelError(
-            f"{name} holds id {lowest if lowest < 0 else highest} but the model's vocabulary has {vocab_size}: "
-            "use the tokenizer saved with the checkpoint"
-        )
-
-
-def check_segments(segment_ids: Tensor | None, ids: Tensor | None, name: str) -> None:
-    if segment_ids is not None and ids is not None and segment_ids.shape != ids.shape:
-        raise SegmentError(f"{name} is {tuple(segment_ids.shape)} for tokens {tuple(ids.shape)}: give one segment id per token")
-
-
-def check_sides(encoder_segments: Tensor | None, decoder_segments: Tensor | None) -> None:
-    """Refuse a target without a source: with no key to see it would see them all, of every example."""
-    if not can_look_at(encoder_segments) or decoder_segments is None or len(encoder_segments) != len(decoder_segments):
-        return
-    alone = (decoder_segments > 0) & ~(decoder_segments[:, :, None] == encoder_segments[:, None, :]).any(-1)
-    if bool(alone.any()):
-        row, place = alone.nonzero()[0].tolist()
-        raise SegmentError(
-            f"row {row} has targets of segment {int(decoder_segments[row, place])} and no source: number an example alike on both sides"
-        )
-
-
-def check_options(options: Mapping[str, object]) -> None:
-    """Refuse what stock T5 takes and this model would pass over in silence."""
-    for name, value in options.items():
-        if name in UNSUPPORTED and (isinstance(value, Tensor) or value):
-            raise ModelError(f"{name} is not supported here: open the checkpoint with transformers.AutoModelForSeq2SeqLM for it")
 
 
 class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
@@ -142,25 +94,17 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
             SegmentError: segment ids that do not fit. CacheError: a cache of another kind.
         """
         check_options(options)
-        check_ids(labels, self.config.vocab_size, "labels")
-        check_ids(decoder_input_ids, self.config.vocab_size, "decoder_input_ids")
-        check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
+        check_target(labels, decoder_input_ids, self.config.vocab_size)
+        check_segments(encoder_segment_ids, input_ids if encoder_outputs is None else encoder_outputs[0][..., 0], "encoder_segment_ids")
         check_segments(decoder_segment_ids, labels if decoder_input_ids is None else decoder_input_ids, "decoder_segment_ids")
         check_sides(encoder_segment_ids, decoder_segment_ids)
-        if None not in (labels, decoder_input_ids) and labels.shape != decoder_input_ids.shape:
-            raise ModelError(f"labels are {tuple(labels.shape)} and decoder_input_ids {tuple(decoder_input_ids.shape)}: make them the same")
         if use_cache and past_key_values is None and labels is None:
             past_key_values = self.new_cache()
-        if past_key_values is not None:
-            if not isinstance(past_key_values, T5Cache):
-                raise CacheError(f"past_key_values is a {type(past_key_values).__name__}: make one with model.new_cache()")
-            if not encoder_segment_ids is decoder_segment_ids is None:
-                raise SegmentError("packed rows cannot be decoded with a cache: leave the segment ids away and give one text a row")
+        check_cache(past_key_values, packed=not encoder_segment_ids is decoder_segment_ids is None)
         loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
         loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
         head = self._prepare_head(loss_only)
         encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
-        check_segments(encoder_segment_ids, encoder_states[..., 0], "encoder_segment_ids")
         if decoder_input_ids is None:
             if labels is None:
                 raise ModelError("neither decoder_input_ids nor labels are given: pass labels to train or call generate()")
@@ -282,7 +226,7 @@ class T5ForSentimentClassification(T5PreTrainedModel):
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
         packed = encoder_segment_ids is not None
         segments = encoder_segment_ids if packed else torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        self._check_labels(labels, segments, packed)
+        check_class_labels(labels, segments, packed, self.config.num_labels)
         count = 1 if not packed else int(segments.max()) if labels is None else labels.shape[1]
         states = self.transformer.encoder(input_ids, segment_ids=segments).last_hidden_state
         pool = self._mean if self.config.pooling == "encoder_mean" else self._last_eos
@@ -290,17 +234,6 @@ class T5ForSentimentClassification(T5PreTrainedModel):
         logits = logits if packed else logits.squeeze(1)
         loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, encoder_last_hidden_state=states)
-
-    def _check_labels(self, labels: Tensor | None, segments: Tensor, packed: bool) -> None:
-        if labels is None:
-            return
-        if labels.dim() != 1 + packed or len(labels) != len(segments):
-            wanted = f"({len(segments)}, most examples of a row)" if packed else f"({len(segments)},)"
-            raise ModelError(f"labels are {tuple(labels.shape)} for {len(segments)} rows: give {wanted}")
-        if packed and can_look_at(segments) and int(segments.max()) > labels.shape[1]:
-            raise ModelError(f"a row has {int(segments.max())} examples and {labels.shape[1]} labels: give each its label, or -100")
-        if can_look_at(labels) and bool(((labels != IGNORED) & ((labels < 0) | (labels >= self.config.num_labels))).any()):
-            raise ModelError(f"labels must be below {self.config.num_labels}, config.num_labels, or -100 to be ignored")
 
     def _mean(self, states: Tensor, input_ids: Tensor, segments: Tensor, count: int) -> Tensor:
         """Mean state of each example: (rows, count, d_model)."""

@@ -135,6 +135,11 @@ def polarities(kinds: np.ndarray, sentences: np.ndarray) -> tuple[np.ndarray, np
     return (polarity != 0) | (direction != 0) | is_noun, polarity
 
 
+def begins_unit(kinds: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+    """False for an amount behind another one, bool (words,): the signs of 4.5 are one amount, not two words apart."""
+    return ~((kinds == Kind.AMOUNT) & (neighbours(kinds, sentences, -1) == Kind.AMOUNT))
+
+
 def by_kind(values: dict[Kind, int]) -> np.ndarray:
     return np.array([values.get(kind, 0) for kind in Kind], dtype=np.int8)
 
@@ -152,7 +157,7 @@ def polar_word_counts(texts: Iterable[str]) -> np.ndarray:
     words: Sequence[list[str]] = [UNIT.findall(text) for text in texts]
     kinds = np.array([kind_of(word) for text in words for word in text], dtype=np.int8)
     numbers = np.repeat(np.arange(len(words)), [len(text) for text in words])
-    keep = ~((kinds == Kind.AMOUNT) & (neighbours(kinds, numbers, -1) == Kind.AMOUNT))  # 4.5 is one amount
-    kinds, numbers = kinds[keep], numbers[keep]
+    kept = begins_unit(kinds, numbers)
+    kinds, numbers = kinds[kept], numbers[kept]
     _, polarity = polarities(kinds, numbers)
     return np.stack([np.bincount(numbers[polarity == sign], minlength=len(words)) for sign in (1, -1)], axis=1)

@@ -11,7 +11,7 @@ LAYERS = {
     "overlap splits tokenizer word_list span_corruption packing attention gpu_kernels fast_attention chunked_attention triton_attention "
     "triton_kernels triton_loss norm dropout fused_loss",
     2: "pretraining_dataset finetuning_dataset distant_supervision collators pretraining_batches finetuning_batches t5_layers "
-    "t5_stack modeling_t5 kv_cache slim_attention slim_generation",
+    "t5_stack input_checks modeling_t5 kv_cache slim_attention slim_generation",
     3: "initialisation optimizers compilation cuda_graphs gradients checkpoints interruption training_bar training pretraining "
     "inspection qlora inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation display",
     4: "predict pretrain compare pipeline",
