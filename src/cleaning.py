@@ -21,13 +21,15 @@ TRAILER_CHARACTERS = 2_500
 # Anything but printable ASCII, newlines, tabs and the punctuation of typeset English may be mojibake; so may an entity.
 SUSPECT = re.compile(r"[^\t\n -~‘’“”–—…]|&#?[0-9A-Za-z]{1,24};")
 CURLY_QUOTES = str.maketrans("‘’“”", "''\"\"")
+# As newswires type them, so as the tokenizer has seen them. NFKC makes ½ of 3½ a 31⁄2, hence before it.
+TYPED = str.maketrans({"–": "-", "−": "-", "‑": "-", "—": " -- ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 
 AGENCY = r"(?:Reuters|Bloomberg|AFX|AFP|AP|ADP ?News|Dow Jones|Thomson Financial|Thomson Reuters|Synthetic News(?:wire)?)"
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}\.?"
 DATELINE = re.compile(
-    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}\b[^()\n]{{0,40}}\)\s*[-–—]+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
+    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}\b[^()\n]{{0,40}}\)\s*-+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
     rf"|(?:[A-Z][A-Z /.'-]+(?:, [A-Z][A-Za-z. ]+)?\s+)?\({AGENCY}\)\.?\s+"  # LONDON (Reuters) without a hyphen
-    rf"|[A-Z][A-Z .'/-]+(?:, [A-Z][A-Za-z. ]+)?, {MONTH} \d\d? ?[-–—]+ "  # WASHINGTON, Sept 12 -
+    rf"|[A-Z][A-Z .'/-]+(?:, [A-Z][A-Za-z. ]+)?, {MONTH} \d\d? *-+ +"  # WASHINGTON, Sept 12 -
     rf"|ADPnews - {MONTH} \d\d? ?, \d{{4}} - )",
     re.MULTILINE,
 )
@@ -133,6 +135,7 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule("repair_characters", "mojibake, HTML entities, control characters, curly quotes (ftfy)", repair_characters),
+        Rule("type_out", "dashes as hyphens and fractions in figures, as newswires type them", lambda text: text.translate(TYPED)),
         Rule("normalize_unicode", "Unicode as the tokenizer's nmt_nfkc gives it", normalize_unicode),
         Rule("drop_editorial_note", "(Corrects …), (Adds …) before the story", in_header(EDITORIAL_NOTE)),
         Rule("drop_byline", "a line 'By …' before the story", in_header(BYLINE)),
@@ -150,20 +153,20 @@ RULES = {
         Rule("drop_characters", "all but letters, digits and / . , : ; ’ - + % $ ? ! ' \"", lambda text: SEED_DROPPED.sub("", text)),
     )
 }
+CHARACTERS = ("repair_characters", "type_out", "normalize_unicode")
 NEWSWIRE = ("drop_editorial_note", "drop_byline", "drop_dateline", "drop_credit", "drop_contact")
 SEED = ("cut_at_contact", "lower_case", "drop_brackets", "collapse_repeats", "drop_characters", "collapse_spaces")
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "default": {
         "article": (
-            "repair_characters",
-            "normalize_unicode",
+            *CHARACTERS,
             *NEWSWIRE,
             "drop_wire_codes",
             "drop_links",
             "join_punctuation",
             "collapse_spaces",
         ),
-        "sentence": ("repair_characters", "normalize_unicode", "drop_dateline", "drop_links", "join_punctuation", "collapse_spaces"),
+        "sentence": (*CHARACTERS, "drop_dateline", "drop_links", "join_punctuation", "collapse_spaces"),
     },
     "seed": {"article": SEED, "sentence": SEED},
 }

@@ -23,6 +23,11 @@ from src.word_list import Kind, begins_unit, kind_of, may_begin_listed_word, pol
 SHORTEST, LONGEST = 10, 80  # tokens of a sentence that is used
 REMOVED = 0.7  # of the polar words: some stay, so that they are learned too
 SENTENCE_ENDS = (".", "?", "!")
+# Behind these a dot seldom ends a sentence. Looked for among words of one piece: where none is, two sentences too many are cut.
+ABBREVIATIONS = (
+    *("jan", "feb", "aug", "sept", "oct", "nov", "dec", "no", "st", "vs", "co", "corp", "inc", "ltd", "plc"),
+    *("dr", "gen", "gov", "jr", "mr", "mrs", "ms", "rep", "sen"),
+)
 
 
 class DistantSupervisionError(ValueError):
@@ -42,6 +47,7 @@ class Pieces:
         self.starts_word = np.array([piece.startswith(WORD_START) for piece in pieces])
         self.is_word = np.array([letters.isalpha() for letters in self.letters])
         self.is_letter = self.is_word & np.array([len(letters) == 1 for letters in self.letters])
+        self.is_shortened = self.is_letter | np.array([letters in ABBREVIATIONS for letters in self.letters])
         self.ends_sentence = np.array([letters.rstrip('"') in SENTENCE_ENDS for letters in self.letters])
         self.may_begin = self.is_word & np.array([may_begin_listed_word(letters) for letters in self.letters])
         self.kind = np.array([kind_of(letters) for letters in self.letters], dtype=np.int8)
@@ -173,10 +179,10 @@ class Words:
         return self.stops[np.searchsorted(self.stops, starts, side="right")] - starts
 
     def sentence_starts(self) -> np.ndarray:
-        """Where a word follows the end of a sentence: int64 (starts,). A dot behind a single letter ends none, as in u.s."""
+        """Where a word follows the end of a sentence: int64 (starts,). A dot behind a letter or a short form ends none: u.s., no. 1."""
         before, end, after = self.tokens[:-2], self.tokens[1:-1], self.tokens[2:]
-        initial = self.begins[:-2] & self.pieces.is_letter[before]
-        return np.flatnonzero(self.pieces.ends_sentence[end] & self.pieces.starts_word[after] & ~initial) + 2
+        shortened = self.begins[:-2] & self.pieces.is_shortened[before]
+        return np.flatnonzero(self.pieces.ends_sentence[end] & self.pieces.starts_word[after] & ~shortened) + 2
 
     def polar(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where words that count begin, in order, int64 (polar words,), and their polarity, int8.

@@ -101,8 +101,15 @@ def test_mojibake_entities_and_spaces_are_repaired():
     """Breaks when rules run in an order in which one hides what the next should see."""
     assert (
         clean_article("OSLO\u00a0 (Reuters) \u2014 It\u00e2\u20ac\u2122s R&amp;D\tbudget: \u00bd of \uff14\uff12 % \n")
-        == "It's R&D budget: 1⁄2 of 42%"
+        == "It's R&D budget: 1/2 of 42%"
     )
+
+
+def test_dashes_and_fractions_become_what_newswires_type():
+    """They were unknown pieces to a tokenizer of newswire text, in one of forty tweets, and 3½ was 31⁄2."""
+    raw = "WASHINGTON, Sept 12 — Acme’s 2010–2012 yield fell −3½% — again"
+    assert clean_article(raw) == "Acme's 2010-2012 yield fell -3 1/2% -- again"
+    assert clean_sentence("Acme up 3½% – again") == "Acme up 3 1/2% - again"
 
 
 def test_seed_preset_is_the_listed_heuristics():

@@ -28,7 +28,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def tokenizer(texts, tmp_path_factory):
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), 600)
+    return train_tokenizer([*texts, *["The group is no. 4."] * 100], tmp_path_factory.mktemp("tokenizer"), 600)
 
 
 def tokenized(texts, tokenizer):
@@ -45,7 +45,7 @@ def test_sentences_of_a_worked_text(tokenizer):
     """Cuts at dots inside numbers and abbreviations, or across documents, would give halves of sentences the label of the whole."""
     documents = [
         "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group lost money again in April! It met."
-        " Its board will meet in June",
+        " Its board will meet in June at No. 4",
         "Profit fell but sales rose at the group in the quarter. The group will meet its lenders on Monday at noon",
     ]
     found = LabelledSentences(tokenized(documents, tokenizer), tokenizer)
@@ -53,7 +53,7 @@ def test_sentences_of_a_worked_text(tokenizer):
     assert list(zip(whole, found.labels, strict=True)) == [  # without one that is too short and one both good and bad
         ("in asia sales of the group rose 4.5 percent in march.", LABEL_IDS["bullish"]),
         ("the u.s. unit of the group lost money again in april!", LABEL_IDS["bearish"]),
-        ("its board will meet in june", LABEL_IDS["neutral"]),
+        ("its board will meet in june at no. 4", LABEL_IDS["neutral"]),
         ("the group will meet its lenders on monday at noon", LABEL_IDS["neutral"]),
     ]
 
