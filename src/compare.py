@@ -9,10 +9,9 @@ folds (rows that other folds judge; with `--validation` they are apart); with `-
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,23 @@ import pandas as pd
 
 from src.artifacts import data_digest, open_artifact, published_command
 from src.baselines import BASELINES
+from src.comparison_report import joint, members_of, report_of, write_report
 from src.config import TrainingSettings
 from src.cross_validation import (
     CONTESTANTS,
-    METHODS,
     VALIDATION,
     Finished,
     Job,
     Runner,
+    Split,
     folds_of,
     held_out,
     labelled_rows,
     part_of,
     rows_digest,
 )
-from src.display.evaluation import intervals_figure, label_efficiency_figure
 from src.environment import installed_versions, machine
-from src.evaluation import PROBABILITY_COLUMNS, compare_models, evaluate_predictions, scores_without
+from src.evaluation import averaged, evaluate_predictions
 from src.finetuning import MODEL_NAMES
 from src.finetuning_dataset import check_published_classes, groups_of
 from src.precision import precision_of
@@ -48,20 +47,7 @@ from src.splits import SplitError
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
 CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
-# What every fine-tuned model is compared with, beside its own adapters.
-REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_random_init")
-
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
-
-
-@dataclass(frozen=True)
-class Split:
-    """What one fold trains on and is judged on."""
-
-    draw: int  # the seed that drew the folds
-    fold: int  # numbered on from draw to draw
-    rest: pd.DataFrame
-    test: pd.DataFrame
 
 
 class ComparisonError(ValueError):
@@ -79,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="a T5 checkpoint with its tokenizer, in place of the profile's `pretrained` artifact")
     parser.add_argument("--folds", type=at_least(2), default=10)
     parser.add_argument("--only-folds", type=at_least(1), help="run the first few folds only, for a look")
-    parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}")
+    parser.add_argument(
+        "--models", default=DEFAULT_MODELS, help=f"of {', '.join([*BASELINES, *CONTESTANTS])}; a+b is the average of a and b"
+    )
     parser.add_argument("--seeds", default="0", help="training seeds, e.g. 0,1,2; the folds stay the same")
     parser.add_argument("--rates", help="multiples of a model's learning rate that its own is chosen from, e.g. 0.3,1,3")
     parser.add_argument("--split-seeds", default="0", help="draws of the folds, e.g. 0,1,2: each text is then judged once in each draw")
@@ -90,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the comparison, write its JSON and pictures, print the table; returns what the JSON holds."""
-    models = arguments.models.split(",")
+    named = arguments.models.split(",")
+    models = list(dict.fromkeys(member for model in named for member in members_of(model)))
     unknown = [model for model in models if model not in BASELINES and model not in CONTESTANTS]
     if unknown:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
@@ -111,6 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
     plans = [(model, {"learning_rate": rates.get(model, {}).get("learning_rate")}) for model in models]
     finished = dict(zip(models, run_plans(runner, plans, splits, seeds), strict=True))
+    finished |= {model: joint(model, finished) for model in named if len(members_of(model)) > 1}
     report = report_of(finished, splits)
     for entry in report["models"]:
         entry |= rates.get(entry["name"], {})
@@ -250,52 +240,6 @@ def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequenc
     return done
 
 
-def pooled(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Predictions of several seeds on the same rows as one: probabilities averaged, the most probable label chosen."""
-    together = pd.concat(frames, ignore_index=True)
-    if not together.duplicated(["text_id", "fold"]).any():
-        return together  # one seed: its own predictions, which a baseline may take elsewhere than from the probabilities
-    mean = together.groupby(["fold", "text_id"], sort=False)[list(PROBABILITY_COLUMNS)].mean().reset_index()
-    kept = together.drop_duplicates(["fold", "text_id"])[["text_id", "label", "fold", "model"]].merge(mean, on=["fold", "text_id"])
-    return kept.assign(prediction=kept[list(PROBABILITY_COLUMNS)].to_numpy().argmax(1))
-
-
-def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split]) -> dict[str, Any]:
-    """Scores of every model and the paired comparisons that matter."""
-    predictions = {model: pooled([result.test for result in results]) for model, results in finished.items()}
-    overlap = {text_id for split in splits for text_id in split.test.loc[split.test["overlap"], "text_id"]}
-    draw_of = {split.fold: split.draw for split in splits}
-    models = []
-    for model, results in finished.items():
-        validation = [result.validation for result in results if result.validation is not None]
-        entry = {"name": model, **evaluate_predictions(predictions[model], pooled(validation) if validation else None)}
-        entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
-        seeds = [result.job.seed for result in results]
-        entry["runs"] = scores_by("seed", zip(seeds, (result.test for result in results), strict=True))
-        if any(result.generated is not None for result in results):
-            entry["generated"] = scores_by("seed", zip(seeds, (result.generated for result in results), strict=True))
-        if len(set(draw_of.values())) > 1:
-            entry["draws"] = scores_by("split_seed", ((draw_of[fold], rows) for fold, rows in predictions[model].groupby("fold")))
-        if overlap and (rest := scores_without(predictions[model], overlap)):
-            entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
-        models.append(entry)
-    others = {model: [*REFERENCES, *(f"{model}_{method}" for method in METHODS)] for model in predictions if model in CONTESTANTS}
-    pairs = [(model, other) for model in others for other in others[model] if other in predictions and model != other]
-    return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}
-
-
-def scores_by(name: str, parts: Iterable[tuple[int, pd.DataFrame]]) -> list[dict[str, Any]]:
-    """Scores of all predictions of one seed together, then of the next: `parts` are pairs of a seed and predictions, `name` is its key."""
-    frames: dict[int, list[pd.DataFrame]] = {}
-    for seed, frame in parts:
-        frames.setdefault(seed, []).append(frame)
-    entries = []
-    for seed, its in sorted(frames.items()):
-        scores = evaluate_predictions(pd.concat(its), resamples=1)
-        entries.append({name: seed, **{key: scores[key] for key in ("accuracy", "macro_f1", "invalid_rate")}})
-    return entries
-
-
 def label_efficiency(
     runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], seeds: Sequence[int], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
@@ -304,24 +248,8 @@ def label_efficiency(
     plans = [(model, {"fraction": fraction, "learning_rate": rates[model]}) for fraction in sorted(fractions) for model in rates]
     curve = []
     for (model, changes), done in zip(plans, run_plans(runner, plans, splits, seeds), strict=True):
-        scores = evaluate_predictions(pooled([result.test for result in done]))
+        scores = evaluate_predictions(averaged([result.test for result in done]))
         low, high = scores["macro_f1_ci95"]
         curve.append({"fraction": changes["fraction"], "model": model, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]})
         curve[-1] |= {"low": low, "high": high}
     return curve
-
-
-def write_report(report: Mapping[str, Any], output: Path | None) -> None:
-    """The table on standard output; JSON and pictures where asked for."""
-    print(f"\n{'model':<28}{'accuracy':>9}{'macro-F1':>10}  95 % of macro-F1")
-    for model in sorted(report["models"], key=lambda model: -model["macro_f1"]):
-        low, high = model["macro_f1_ci95"]
-        print(f"{model['name']:<28}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}  {low:.3f} to {high:.3f}")
-    if output is None:
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    intervals_figure(report["models"]).savefig(output.with_suffix(".png"), dpi=120)
-    if report.get("fractions"):
-        figure = label_efficiency_figure(pd.DataFrame(report["fractions"]))
-        figure.savefig(output.with_name(output.stem + "_label_efficiency.png"), dpi=120)

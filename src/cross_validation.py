@@ -61,6 +61,16 @@ CONTESTANTS = {
 
 
 @dataclass(frozen=True)
+class Split:
+    """What one fold trains on and is judged on."""
+
+    draw: int  # the seed that drew the folds
+    fold: int  # numbered on from draw to draw
+    rest: pd.DataFrame
+    test: pd.DataFrame
+
+
+@dataclass(frozen=True)
 class Job:
     """One model on one fold, with one seed and one share of the training labels."""
 

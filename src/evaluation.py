@@ -48,6 +48,28 @@ def predictions_frame(
     return frame.assign(fold=fold, model=model)
 
 
+def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Predictions of several seeds or models on the same rows as one: probabilities averaged, the most probable label chosen.
+
+    Frames of different rows are put together as they are: a baseline may take its label elsewhere than from its probabilities.
+
+    Raises:
+        EvaluationError: some rows were judged by more of them than others.
+    """
+    together = pd.concat(frames, ignore_index=True)
+    rows = together.groupby(["fold", "text_id"], sort=False)
+    counts = rows.size()
+    if (counts == 1).all():
+        return together
+    if counts.nunique() > 1:
+        raise EvaluationError(
+            f"model {frames[0]['model'].iloc[0]}: some texts are judged {counts.min()} times and others {counts.max()} times"
+        )
+    mean = rows[list(PROBABILITY_COLUMNS)].mean().reset_index()
+    kept = together.drop_duplicates(["fold", "text_id"])[["text_id", "label", "fold", "model"]].merge(mean, on=["fold", "text_id"])
+    return kept.assign(prediction=kept[list(PROBABILITY_COLUMNS)].to_numpy().argmax(1))
+
+
 def check_predictions(predictions: pd.DataFrame) -> None:
     """Refuse what has no meaning as predictions of one model.
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5Config
 
-from src import compare, cross_validation
-from src.evaluation import PROBABILITY_COLUMNS, evaluate_predictions, predictions_frame
+from src import compare, comparison_report, cross_validation
+from src.evaluation import PROBABILITY_COLUMNS, predictions_frame
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.profiles import settings_for
 from src.qlora import QuantisationError
@@ -171,24 +171,11 @@ def test_published_split_is_judged_whole_and_without_what_train_holds(run, tmp_p
     assert (tmp_path / "results" / "published.png").stat().st_size > 1_000
 
 
-def test_several_seeds_become_one_model():
-    """Averaging labels instead of probabilities, or counting each text once for each seed, narrows the interval for nothing."""
-    rows = pd.DataFrame({"text_id": ["a", "b", "c"], "label": [0, 1, 2]})
-    first = predictions_frame(rows, np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]), "model")
-    second = predictions_frame(rows, np.array([[0.4, 0.6, 0.0], [0.1, 0.9, 0.0], [0.0, 0.6, 0.4]]), "model")
-    together = compare.pooled([first, second])
-    assert together["prediction"].tolist() == [0, 1, 2]
-    assert together["p_bearish"].tolist() == pytest.approx([0.65, 0.35, 0.0])
-    assert evaluate_predictions(together, resamples=5)["rows"] == 3
-    own = first.assign(prediction=[2, 2, 2])
-    assert compare.pooled([own])["prediction"].tolist() == [2, 2, 2]  # one seed keeps its own labels
-
-
 def test_the_temperature_of_several_seeds_is_fitted_on_their_average(run, monkeypatch):
     """Averaged probabilities are less sure than each seed's: scaled by the temperature of one seed they come out too unsure."""
-    results, given, run_jobs, evaluate = {}, [], compare.run_jobs, compare.evaluate_predictions
+    results, given, run_jobs, evaluate = {}, [], compare.run_jobs, comparison_report.evaluate_predictions
     monkeypatch.setattr(compare, "run_jobs", lambda *a, **o: results.setdefault(a[1], run_jobs(*a, **o)))
-    monkeypatch.setattr(compare, "evaluate_predictions", lambda *a, **o: given.append(a[1:]) or evaluate(*a, **o))
+    monkeypatch.setattr(comparison_report, "evaluate_predictions", lambda *a, **o: given.append(a[1:]) or evaluate(*a, **o))
     run("--models", "pretrained_head", "--seeds", "0,1")
     (validation,) = next(rest for rest in given if rest)
     frames = [pd.concat([r.validation for r in results["pretrained_head"] if r.job.seed == seed]) for seed in (0, 1)]
@@ -254,6 +241,45 @@ def test_the_control_learns_its_embeddings_at_the_full_rate(run, monkeypatch):
     run("--models", "random_init,pretrained_head", "--set", "classification.other_rate=0.25")
     rate = settings_for("sample").classification.full_learning_rate
     assert rates == {"random_init": {("full", rate, 1.0)}, "pretrained_head": {("full", rate, 0.25)}}
+
+
+def test_a_model_may_be_the_average_of_others(run):
+    """Averaged over the wrong seeds or folds, or by labels, the sum of two models is no model; and what it cost is what both cost."""
+    report = run("--models", "majority,pretrained_head+tfidf_svm", "--seeds", "0,1")
+    entries = {entry["name"]: entry for entry in report["models"]}
+    assert list(entries) == ["majority", "pretrained_head", "tfidf_svm", "pretrained_head+tfidf_svm"]
+    both = entries["pretrained_head+tfidf_svm"]
+    assert [one["seed"] for one in both["runs"]] == [0, 1]
+    assert both["seconds"] == entries["pretrained_head"]["seconds"]
+    assert "temperature" not in both  # nothing was held out from TF-IDF
+    pairs = [(pair["first"], pair["second"]) for pair in report["comparisons"]]
+    assert pairs == [
+        ("pretrained_head", "tfidf_svm"),
+        ("pretrained_head+tfidf_svm", "tfidf_svm"),
+        ("pretrained_head+tfidf_svm", "pretrained_head"),
+    ]
+
+
+def test_an_average_is_of_the_same_fold_and_seed():
+    """Worked figures: two seeds of one model and one of another, over two folds."""
+
+    def finished(model, fold, seed, bearish):
+        rows = pd.DataFrame({"text_id": [f"text{fold}"], "label": [0]})
+        frame = predictions_frame(rows, np.array([[bearish, 1 - bearish, 0.0]]), model, fold=fold)
+        costs = {"parameters": 1.0, "trainable": 1.0, "seconds": 10.0, "mebibytes": 4.0 + seed}
+        return cross_validation.Finished(cross_validation.Job(model, fold, seed), frame, frame, None, costs)
+
+    given = {
+        "a": [finished("a", fold, 0, value) for fold, value in ((0, 0.4), (1, 0.6))],
+        "b": [finished("b", fold, seed, value) for fold, seed, value in ((1, 1, 0.1), (0, 1, 0.2), (1, 0, 0.8), (0, 0, 1.0))],
+    }
+    found = comparison_report.joint("a+b", given)
+    together = {(one.job.fold, one.job.seed): one for one in found}
+    bearish = {key: one.test["p_bearish"].item() for key, one in together.items()}
+    assert bearish == pytest.approx({(1, 1): 0.35, (0, 1): 0.3, (1, 0): 0.7, (0, 0): 0.7})
+    assert together[0, 0].test["prediction"].item() == 0
+    assert together[1, 1].validation["p_bearish"].item() == pytest.approx(0.35)
+    assert together[1, 1].costs == {"parameters": 2.0, "trainable": 2.0, "seconds": 20.0, "mebibytes": 5.0}
 
 
 def test_free_generation_is_reported_beside_the_likelihoods(run):

@@ -6,7 +6,7 @@ import pytest
 from sklearn import metrics as reference
 
 from src import evaluation
-from src.evaluation import NO_LABEL, EvaluationError, compare_models, evaluate_predictions, predictions_frame
+from src.evaluation import NO_LABEL, EvaluationError, averaged, compare_models, evaluate_predictions, predictions_frame
 from src.labels import LABELS
 
 
@@ -164,6 +164,21 @@ def test_bad_predictions_stop_with_one_line(case):
     with pytest.raises(EvaluationError, match=message) as error:
         evaluate_predictions(spoil(judged(np.random.default_rng(4))))
     assert "\n" not in str(error.value)
+
+
+def test_several_seeds_become_one_model():
+    """Averaging labels instead of probabilities, or counting each text once for each seed, narrows the interval for nothing."""
+    rows = pd.DataFrame({"text_id": ["a", "b", "c"], "label": [0, 1, 2]})
+    first = predictions_frame(rows, np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]), "model")
+    second = predictions_frame(rows, np.array([[0.4, 0.6, 0.0], [0.1, 0.9, 0.0], [0.0, 0.6, 0.4]]), "model")
+    together = averaged([first, second])
+    assert together["prediction"].tolist() == [0, 1, 2]
+    assert together["p_bearish"].tolist() == pytest.approx([0.65, 0.35, 0.0])
+    assert evaluate_predictions(together, resamples=5)["rows"] == 3
+    own = first.assign(prediction=[2, 2, 2])
+    assert averaged([own])["prediction"].tolist() == [2, 2, 2]  # one seed keeps its own labels
+    with pytest.raises(EvaluationError, match="some texts are judged 1 times and others 2 times"):
+        averaged([first, second[:2]])
 
 
 def test_models_judged_on_different_rows_are_not_compared():

@@ -13,7 +13,8 @@ LAYERS = {
     2: "pretraining_dataset finetuning_dataset distant_supervision collators pretraining_batches finetuning_batches t5_layers "
     "t5_stack input_checks modeling_t5 kv_cache slim_attention slim_generation",
     3: "initialisation optimizers compilation cuda_graphs gradients checkpoints interruption training_bar training pretraining "
-    "inspection qlora inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation display",
+    "inspection qlora inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation "
+    "comparison_report display",
     4: "predict pretrain compare pipeline",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
