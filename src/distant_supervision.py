@@ -18,7 +18,7 @@ import pandas as pd
 
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
 from src.tokenizer import EOS_ID, WORD_START, TokenizedDocuments, encode_texts
-from src.word_list import Kind, begins_unit, kind_of, may_begin_listed_word, polarities
+from src.word_list import Kind, are_sure, begins_unit, kind_of, may_begin_listed_word, polarities
 
 SHORTEST, LONGEST = 10, 80  # tokens of a sentence that is used
 REMOVED = 0.7  # of the polar words: some stay, so that they are learned too
@@ -100,7 +100,8 @@ class SentencePairs:
 class LabelledSentences:
     """The sentences of a corpus of `SHORTEST` to `LONGEST` tokens on which the word list is of one mind.
 
-    One with more bullish than bearish words is bullish, with more bearish ones bearish, without either neutral; others are left out.
+    One with more bullish than bearish words is bullish, with more bearish ones bearish, without either neutral. Others are left out, and so
+    is what a single word says that may say nothing (`word_list.are_sure`): four in ten such labels were wrong.
 
     Args:
         documents: of the corpus.
@@ -117,11 +118,12 @@ class LabelledSentences:
         self.label_words = [np.array(ids) for ids in encode_texts(tokenizer, list(LABELS), add_eos=True)]
         words = Words(np.asarray(self.tokens), Pieces(tokenizer))
         bounds = np.union1d(words.sentence_starts(), documents.offsets)  # (sentences + 1,)
-        polar, polarity = words.polar(bounds)
+        polar, polarity, sure = words.polar(bounds)
         inside = np.searchsorted(polar, bounds)  # (sentences + 1,)
-        balance = np.diff(np.concatenate(([0], np.cumsum(polarity)))[inside])  # (sentences,)
+        balance, certain = (np.diff(np.concatenate(([0], np.cumsum(values)))[inside]) for values in (polarity, sure))  # (sentences,) each
         counts, lengths = np.diff(inside), np.diff(bounds)
-        used = (lengths >= SHORTEST) & (lengths <= LONGEST) & ((counts == 0) | (balance != 0))
+        told = (np.abs(balance) > 1) | ((balance != 0) & (certain > 0))
+        used = (lengths >= SHORTEST) & (lengths <= LONGEST) & ((counts == 0) | told)
         self.starts, self.lengths = bounds[:-1][used], lengths[used]
         self.labels = np.select([balance[used] > 0, balance[used] < 0], [LABEL_IDS["bullish"], LABEL_IDS["bearish"]], LABEL_IDS["neutral"])
         self.word_starts = polar[inside[0] : inside[-1]][np.repeat(used, counts)]
@@ -184,8 +186,8 @@ class Words:
         shortened = self.begins[:-2] & self.pieces.is_shortened[before]
         return np.flatnonzero(self.pieces.ends_sentence[end] & self.pieces.starts_word[after] & ~shortened) + 2
 
-    def polar(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where words that count begin, in order, int64 (polar words,), and their polarity, int8.
+    def polar(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where words that count begin, in order, int64 (polar words,), their polarity, int8, and whether each says enough alone, bool.
 
         Args:
             bounds: where sentences begin, and the end of the last: int64 (sentences + 1,).
@@ -202,4 +204,4 @@ class Words:
         kept = begins_unit(kinds, numbers)
         starts, kinds, numbers = starts[kept], kinds[kept], numbers[kept]
         counts, polarity = polarities(kinds, numbers)
-        return starts[counts], polarity[counts]
+        return starts[counts], polarity[counts], are_sure(kinds, numbers)[counts]

@@ -22,6 +22,8 @@ class Kind(IntEnum):
     NONE = 0
     GOOD = auto()
     BAD = auto()
+    SUCCESS = auto()  # good, but hardly by itself
+    TROUBLE = auto()  # bad, but hardly by itself
     RISING = auto()
     FALLING = auto()
     DECLINE = auto()  # falling, unless it is a refusal: declined to comment
@@ -40,14 +42,15 @@ class Kind(IntEnum):
 
 STEMS = {
     Kind.GOOD: (
-        "accelerat award beat boost breakthrough bullish buyback exceed improv milestone outperform overweight positive rallie"
-        " rally rebound recover robust solid strong strength success surpass topped tops upbeat upgrad upside upturn"
+        "accelerat beat boost breakthrough bullish buyback exceed improv outperform overweight positive rallie rally rebound recover"
+        " robust solid strong strength surpass topped tops upbeat upgrad upside upturn"
     ),
     Kind.BAD: (
-        "bankrupt bearish closure crash delay deteriorat disappoint downbeat downgrad downside downturn fail fear fraud halt"
-        " hurt investigation lawsuit layoff lose losing lost missed misses negativ probe recall recession slash struggl suspend"
+        "bearish deteriorat disappoint downbeat downgrad downside downturn hurt layoff missed misses negativ recession slash struggl"
         " underperform underweight warn weak worse worst"
     ),
+    Kind.SUCCESS: "award milestone success",
+    Kind.TROUBLE: "bankrupt closure crash delay fail fear fraud halt investigation lawsuit lose losing lost probe recall suspend",
     Kind.GROWTH: "growth",  # before "grow"
     Kind.RISING: "climb doubl expan gain grew grow higher highest increas jump lift record rise rising rose soar surge surging widen",
     Kind.FALLING: (
@@ -77,7 +80,8 @@ WHOLE_WORDS = (Kind.RATE, Kind.CONNECTIVE, Kind.FROM, Kind.TO)  # these are not 
 AMOUNT = r"[\d$€£]"
 UNIT = re.compile(rf"[^\W\d_]+|{AMOUNT}")  # words of letters, and amounts
 DIRECTION = {Kind.RISING: 1, Kind.UP: 1, Kind.FALLING: -1, Kind.DECLINE: -1, Kind.DOWN: -1}
-ALONE = {Kind.GOOD: 1, Kind.BAD: -1, Kind.LOSS: -1}
+ALONE = {Kind.GOOD: 1, Kind.SUCCESS: 1, Kind.BAD: -1, Kind.TROUBLE: -1, Kind.LOSS: -1}
+SURE = (Kind.GOOD, Kind.BAD)
 
 
 @functools.cache
@@ -133,6 +137,16 @@ def polarities(kinds: np.ndarray, sentences: np.ndarray) -> tuple[np.ndarray, np
     before = (kinds == Kind.LOSS) & np.any([neighbours(kinds, sentences, -back) == Kind.FROM for back in (1, 2, 3)], axis=0)
     polarity += by_kind(ALONE)[kinds] * ~(before | (is_noun & beside(direction != 0)))
     return (polarity != 0) | (direction != 0) | is_noun, polarity
+
+
+def are_sure(kinds: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+    """Which words, if they count, say enough by themselves, bool (words,): direction only within two words of an amount behind it.
+
+    A lower court, a higher bid or plans to cut are no news of their own; what fell 16 percent or rose to $4.5 is. For the arguments see
+    `polarities`.
+    """
+    amount = np.any([neighbours(kinds, sentences, distance) == Kind.AMOUNT for distance in (1, 2)], axis=0)
+    return np.isin(kinds, SURE) | (np.isin(kinds, list(DIRECTION)) & amount)
 
 
 def begins_unit(kinds: np.ndarray, sentences: np.ndarray) -> np.ndarray:

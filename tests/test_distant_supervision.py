@@ -44,7 +44,7 @@ def sentences(texts, tokenizer):
 def test_sentences_of_a_worked_text(tokenizer):
     """Cuts at dots inside numbers and abbreviations, or across documents, would give halves of sentences the label of the whole."""
     documents = [
-        "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group lost money again in April! It met."
+        "In Asia sales of the group rose 4.5 percent in March. The U.S. unit of the group was weak again in April! It met."
         " Its board will meet in June at No. 4",
         "Profit fell but sales rose at the group in the quarter. The group will meet its lenders on Monday at noon",
     ]
@@ -52,7 +52,7 @@ def test_sentences_of_a_worked_text(tokenizer):
     whole = [tokenizer.decode(found.tokens[start : start + length]) for start, length in zip(found.starts, found.lengths, strict=True)]
     assert list(zip(whole, found.labels, strict=True)) == [  # without one that is too short and one both good and bad
         ("in asia sales of the group rose 4.5 percent in march.", LABEL_IDS["bullish"]),
-        ("the u.s. unit of the group lost money again in april!", LABEL_IDS["bearish"]),
+        ("the u.s. unit of the group was weak again in april!", LABEL_IDS["bearish"]),
         ("its board will meet in june at no. 4", LABEL_IDS["neutral"]),
         ("the group will meet its lenders on monday at noon", LABEL_IDS["neutral"]),
     ]
@@ -66,13 +66,15 @@ def test_sentences_of_a_worked_text(tokenizer):
         ("The group has set up a unit in Asia.", "neutral", [0, 0]),  # most of what is up in the news is set up, or up to somebody
         ("A spokesman of the group declined to comment.", "neutral", [0, 0]),
         ("The shares of the group declined to 4 dollars.", "bearish", [0, 1]),
-        ("Fuel costs rose again at the group in Asia.", "bearish", [0, 1]),
-        ("The group reported a narrower net loss in Asia.", "bullish", [1, 0]),
-        ("The group in Asia made a net loss.", "bearish", [0, 1]),
-        ("Profit of the group fell as costs in Asia stayed.", "bearish", [0, 1]),
+        ("Fuel costs rose 4 percent at the group in Asia.", "bearish", [0, 1]),
+        ("The net loss narrowed to 4 dollars at the group in Asia.", "bullish", [1, 0]),
+        ("The group in Asia made a net loss.", None, [0, 1]),  # may be stop-loss insurance: one such word alone says too little
+        ("Profit of the group fell 3 percent as costs in Asia stayed.", "bearish", [0, 1]),
         ("The group met a profit from a net loss in Asia.", None, [0, 0]),
         ("Interest rates rose again in Asia in March.", None, [0, 0]),
-        ("Economic growth slowed again in Asia in March.", "bearish", [0, 1]),
+        ("Economic growth slowed to 4 percent in Asia.", "bearish", [0, 1]),
+        ("The group has asked a lower court in Asia.", None, [0, 1]),
+        ("Rivals at the group fear that it lost sales in Asia.", "bearish", [0, 2]),  # two such words say enough
     ],
 )
 def test_what_rises_says_whether_it_is_good_news(tokenizer, text, label, counts):
