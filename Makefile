@@ -17,7 +17,7 @@ GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 $(if $(UNKNOWN),$(error no such variable: $(UNKNOWN). There are $(KNOWN)))
 
-.PHONY: setup run test lint format notebooks clean
+.PHONY: setup run test lint format notebooks
 setup: $(READY)
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
@@ -50,6 +50,3 @@ format: $(READY)
 
 notebooks: $(READY)
 	@$(BIN)/python -m src.pipeline run --profile sample --force --in-place
-
-clean:
-	rm -rf artifacts

@@ -1,6 +1,6 @@
-"""Sentences per second of fine-tuning, packed against two ways of padding: `python -m benchmarks.finetuning [--labelled PATH]`.
+"""Sentences per second of fine-tuning, packed against three ways of padding: `python -m benchmarks.finetuning [--labelled PATH]`.
 
-All three train the same classifier on the same sentences with the same optimizer and the memory allocator of our training loop, about
+All four train the same classifier on the same sentences with the same optimizer and the memory allocator of our training loop, about
 as many sentences to a step: `packed` fills rows with best-fit packing and segment ids; `pad512` pads every sentence to 512 tokens;
 `bucketed` groups sentences by length and pads each to the end of its bucket (8, 16, 32, 64, ... tokens). `sorted`, padding each batch of
 sentences sorted by length to its longest, is the best that padding can do and needs the whole epoch in order of length. They take

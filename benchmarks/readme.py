@@ -1,7 +1,7 @@
 """Copy the numbers under `results/` into the pages that show them: `python -m benchmarks.readme` (`--check` only compares).
 
-A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, of comparisons of
-models, it becomes one with a column a name. `<!-- summary NAME NAME -->` is that one with the differences from one baseline only.
+A block between `<!-- results NAME -->` and `<!-- end -->` becomes a table of `results/NAME.json`; with several names, one with a column a
+name. `<!-- summary NAME NAME -->`, of comparisons of models, has the differences from one baseline only.
 """
 
 import json
@@ -15,14 +15,32 @@ from typing import Any
 from src.evaluation import COSTS
 
 ROOT = Path(__file__).parent.parent
-NOT_JUDGED = "–"
-PAGES = ("README.md", "results/README.md", "results/history.md")
+ABSENT = "–"
+PAGES = ("README.md", "results/README.md", "results/speed.md", "results/history.md")
 BLOCK = re.compile(r"(<!-- (results|summary) ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUMMARY_BASELINE, CONTROL = "tfidf_word_list_svm", "random_init"
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
 OVERLAP_COLUMNS = {"accuracy": "accuracy without near duplicates of train", "macro_f1": "macro-F1 without near duplicates of train"}
-# What a benchmark's keys mean; a key that is plain words is shown as those.
+# What the command says already, or a column beside it.
+UNSHOWN = ("best_step", "device", "dtype", "labelled", "method", "precision", "profile", "rounds", "threads")
+# What names and keys mean; one that is plain words is shown as those.
 TITLES = {
+    "phrasebank_50agree": "PhraseBank, all",
+    "phrasebank_allagree": "PhraseBank, all agree",
+    "twitter": "tweets",
+    "mini_phrasebank_50agree": "PhraseBank, all",
+    "mini_phrasebank_allagree": "PhraseBank, all agree",
+    "mini_twitter": "tweets",
+    "small_phrasebank_50agree": "PhraseBank, all",
+    "small_phrasebank_allagree": "PhraseBank, all agree",
+    "small_twitter": "tweets",
+    "pretrained_mini": "`mini`",
+    "pretrained_mini_labelled": "`mini_labelled`",
+    "pretrained_mini_further": "`mini_further`",
+    "decoding": "with AMX",
+    "decoding_without_amx": "without AMX",
+    "finetuning": "bf16",
+    "finetuning_fp32": "float32",
     "speed_ratio_dropout0": "speed without dropout, ours / stock",
     "speed_ratio_dropout01": "speed with dropout 0.1, ours / stock",
     "gemm_fraction": "matrix products alone, as a share of our step without dropout",
@@ -55,7 +73,7 @@ def number(value: Any) -> str:
         return " to ".join(number(part) for part in value)
     if isinstance(value, float):
         size = abs(value)
-        return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 1 else f"{value:.3f}" if size >= 0.1 else f"{value:.3g}"
+        return f"{value:,.0f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}" if size >= 0.1 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -66,11 +84,17 @@ def words(key: str) -> str:
     return re.sub(r"(?<=\d)_(?=\d)", ".", key).replace("_", " ")
 
 
-def scalars_table(result: Mapping[str, Any]) -> list[str]:
-    """Two columns: the result's single values, if there are any."""
-    rows = [(key, value) for key, value in result.items() if not isinstance(value, Mapping | list)]
-    lines = [f"| {words(key)} | {'not reached' if value is None else number(value)} |" for key, value in rows]
-    return ["| | |", "|---|---:|", *lines] if lines else []
+def scalars_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One row for each single value, if there are any, and one column a result; of several each is named."""
+    single = [{key: value for key, value in result.items() if not isinstance(value, Mapping | list)} for result in results.values()]
+    keys = [key for key in dict.fromkeys(key for values in single for key in values) if key not in UNSHOWN]
+
+    def cell(values: Mapping[str, Any], key: str) -> str:
+        return ABSENT if key not in values else "not reached" if values[key] is None else number(values[key])
+
+    lines = [f"| {words(key)} | {' | '.join(cell(values, key) for values in single)} |" for key in keys]
+    title = f"| | {' | '.join(map(words, results))} |" if len(results) > 1 else "| | |"
+    return [title, "|---|" + "---:|" * len(results), *lines] if lines else []
 
 
 def cases_table(result: Mapping[str, Any]) -> list[str]:
@@ -86,10 +110,18 @@ def cases_table(result: Mapping[str, Any]) -> list[str]:
 
 def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     """One row a model, best macro-F1 first, with columns for the draws of the folds and for scores without texts of the training rows."""
-    titles = MODEL_COLUMNS | {"by draw": "accuracy by draw"} | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()} | COSTS
+    titles = (
+        MODEL_COLUMNS
+        | {"by draw": "accuracy by draw", "one run": "accuracy of one run"}
+        | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()}
+        | COSTS
+    )
     rows = [model | {f"without {key}": value for key, value in model.get("without_overlap", {}).items()} for model in models]
-    for row in (row for row in rows if "draws" in row):
-        row["by draw"] = ", ".join(number(draw["accuracy"]) for draw in row["draws"])
+    for row in rows:
+        if "draws" in row:
+            row["by draw"] = ", ".join(number(draw["accuracy"]) for draw in row["draws"])
+        if len(row.get("runs", ())) > 1:
+            row["one run"] = mean(run["accuracy"] for run in row["runs"])
     columns = [key for key in titles if any(key in row for row in rows)]
     lines = ["| model | " + " | ".join(titles[key] for key in columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in sorted(rows, key=lambda row: -row["macro_f1"]):
@@ -123,12 +155,12 @@ def comparisons_table(records: Mapping[str, Mapping[str, Any]], summary: bool = 
 
 
 def score(model: Mapping[str, Any] | None) -> str:
-    return NOT_JUDGED if model is None else f"{number(model['accuracy'])} / {number(model['macro_f1'])}"
+    return ABSENT if model is None else f"{number(model['accuracy'])} / {number(model['macro_f1'])}"
 
 
 def difference(pair: Mapping[str, Any] | None) -> str:
     if pair is None:
-        return NOT_JUDGED
+        return ABSENT
     low, high = pair["accuracy_difference_ci95"]
     return f"{pair['accuracy_difference']:+.3f}, {low:+.3f} to {high:+.3f}"
 
@@ -136,13 +168,21 @@ def difference(pair: Mapping[str, Any] | None) -> str:
 def table(names: str, summary: bool = False) -> str:
     """The Markdown table of one results file, or of several comparisons, which can be a summary."""
     records = {name: json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in names.split()}
-    if len(records) > 1:
+    if len(records) > 1 and all("models" in record for record in records.values()):
         return "\n".join([*comparisons_table(records, summary), ""])
+    origins = [origin_of(record) for record in records.values()]
+    if len(records) > 1:
+        named = [f"{words(name)}: {origin}" for name, origin in zip(records, origins, strict=True)]
+        return "\n".join([*scalars_table({name: record["result"] for name, record in records.items()}), "", "\n\n".join(named), ""])
     (record,) = records.values()
     result = record.get("result", record)
-    lines = models_table(result["models"]) if "models" in result else scalars_table(result) + cases_table(result)
-    origin = f"`{record['command']}`" + "".join(f"{mark} {record[key]}" for key, mark in (("machine", ","), ("note", ":")) if key in record)
-    return "\n".join([*lines, "", origin, ""])
+    lines = models_table(result["models"]) if "models" in result else scalars_table({names: result}) + cases_table(result)
+    return "\n".join([*lines, "", *origins, ""])
+
+
+def origin_of(record: Mapping[str, Any]) -> str:
+    """The command that makes a result again, its machine, and in what it was made otherwise."""
+    return f"`{record['command']}`" + "".join(f"{mark} {record[key]}" for key, mark in (("machine", ","), ("note", ":")) if key in record)
 
 
 def render(page: str) -> str:

@@ -20,6 +20,7 @@ from src.interruption import INTERRUPTED
 from src.profiles import Settings, add_settings_options, artifacts_folder, parse_overrides, parse_value, settings_for
 from src.source_locations import FileSource
 from src.stages import STAGES, Stage
+from src.verified_folders import json_sha256
 
 ROOT = Path(__file__).parent.parent
 # Options of `run` (and variables of `make run`) that stand for one setting.
@@ -117,6 +118,11 @@ def tidy(notebook: Any) -> None:
             cell.outputs = joined_streams(cell.outputs)
 
 
+def sources_digest(notebook: Any) -> str:
+    """SHA-256 of the code that a notebook's outputs came from, kept in its metadata: one that was edited since shows what it never did."""
+    return json_sha256([cell.source for cell in notebook.cells if cell.cell_type == "code"])
+
+
 def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
     """Execute one notebook into `artifacts/<profile>/notebooks/`.
 
@@ -148,6 +154,7 @@ def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
         raise StageError(f"{stage.notebook} stopped: {error.ename}: {error.evalue} (see {copy})") from None
     notebook = nbformat.read(copy, as_version=4)
     tidy(notebook)
+    notebook.metadata["executed_sources"] = sources_digest(notebook)
     nbformat.write(notebook, copy)
     return copy
 

@@ -1,4 +1,4 @@
-"""Classify market news from Python or the shell: `python -m src.predict "Profit beat forecasts" --profile sample`.
+"""Classify market news from Python or the shell: `python -m src.predict "Profit beat forecasts" --profile mini`.
 
 Reads what the fine-tuning notebooks saved. All three probabilities are given, after temperature scaling on validation rows, so
 0.8 is meant to be right about eight times in ten on texts like those it was trained on, and promises nothing on other texts.

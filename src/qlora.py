@@ -1,7 +1,7 @@
 """Adapters on a frozen base: LoRA (arXiv 2106.09685) on 16-bit weights, QLoRA (arXiv 2305.14314) on 4-bit ones.
 
 peft and bitsandbytes do the work; this room chooses the layers, keeps the head and the base's digest with the adapter, and
-merges. The trade-off, said plainly: at 60M parameters and below 4 bits save little, since the embeddings stay in 16 bit;
+merges. The trade-off, said plainly: at 60M parameters and below 4 bits save little, since the embeddings are not quantised;
 what is saved is the optimizer's state and the size of what is stored per task.
 """
 

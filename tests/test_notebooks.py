@@ -38,6 +38,7 @@ def test_committed_notebook_was_run_on_the_sample(stage):
     nbformat.validate(notebook)
     cells = code_cells(stage)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert notebook.metadata["executed_sources"] == pipeline.sources_digest(notebook), "edited since: run `make notebooks`"
     assert (ROOT / stage.notebook).stat().st_size < 400_000
     assert "widgets" not in notebook.metadata
     text = (ROOT / stage.notebook).read_text(encoding="utf-8")

@@ -100,8 +100,12 @@ def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Table:
 
 
 def intervals_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
-    """The picture to remember: every model's accuracy and macro-F1 with its 95 % interval, best at the top."""
-    ordered = sorted(metrics, key=lambda result: result["macro_f1"])
+    """The picture to remember: every model's accuracy and macro-F1 with its 95 % interval, best at the top.
+
+    The majority class stays in the table: its distance would squeeze the intervals of all others.
+    """
+    shown = [result for result in metrics if result["model"] != "majority"] or metrics
+    ordered = sorted(shown, key=lambda result: result["macro_f1"])
     figure, panels = plt.subplots(1, 2, figsize=(10, 0.42 * len(ordered) + 1.4), sharey=True, layout="constrained")
     for axes, name, label in zip(panels, ("macro_f1", "accuracy"), ("macro-F1", "accuracy"), strict=True):
         plain_axes(axes).grid(axis="y", visible=False)

@@ -158,7 +158,7 @@ def training_curves(log: Sequence[Mapping[str, Any]], second_task: bool) -> Figu
     norms.plot(steps.index, steps["gradient_norm"], color=GRID, linewidth=1)
     norms.plot(steps.index, smoothed(steps["gradient_norm"]), color=INK, linewidth=1.5)
     norms.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
-    norms.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    norms.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}", minor_formatter="")
     rates = plain_axes(panels[1, 1])
     rates.plot(steps.index, steps["learning_rate"], color=INK)
     rates.set(xlabel="step", ylabel="learning rate")
