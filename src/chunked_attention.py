@@ -89,8 +89,10 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient, *_):
-    *gradients, d_bias = chunked_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    return *gradients, d_bias if ctx.options[-1] is not None else None, None, None, None, None
+    heads, rate, bias_dtype = ctx.options
+    bias_dtype = bias_dtype if ctx.needs_input_grad[3] else None  # with adapters the bias is frozen, and its sum a pass over all scores
+    *gradients, d_bias = chunked_attention_backward(gradient, *ctx.saved_tensors, heads, rate, bias_dtype)
+    return *gradients, None if bias_dtype is None else d_bias, None, None, None, None
 
 
 chunked_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -17,7 +17,7 @@ if HAS_TRITON:
 
 CHUNK_BYTES = 64 << 20  # logits that exist at once
 FLOAT_ROWS = 16  # of them in float32 at once on a CPU: stays in the processor's cache; a GPU takes a whole chunk
-SMALLEST_PROBABILITY = 1e-38  # of a label, in the loss that is reported: float32 ends there
+SMALLEST_PROBABILITY = 1e-30  # of a label, whose logarithm is its loss; below, where float32 ends, the loss is taken from the logits
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_ite
         labels: (...) int64.
 
     Returns:
-        scalar float32.
+        scalar float32, or float64 of states in float64.
     """
     labels, states = labels.flatten(), states.flatten(0, -2)
     counted = labels != IGNORED
@@ -37,7 +37,7 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, num_ite
         num_items = counted.sum()
     elif not isinstance(num_items, Tensor):
         num_items = torch.full((), num_items, device=states.device)
-    share = (num_items > 0) / num_items.clamp(min=1).float()
+    share = (num_items > 0) / num_items.clamp(min=1).to(at_least_float32(states[:0]).dtype)
     if states.device.type == "cpu" and not bool(counted.all()):  # elsewhere the question would cost a synchronisation
         states, labels, counted = states[counted], labels[counted], counted[counted]
     needs_gradient = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, share: Tensor, needs_gradient: bool) -> Tensor:
         small = weight.to(states.dtype)
         rows = max(FLOAT_ROWS, CHUNK_BYTES // (weight.shape[0] * states.element_size()))
-        total = states.new_zeros((), dtype=torch.float32)
+        total = at_least_float32(states.new_zeros(()))
         needs_weight = needs_gradient and ctx.needs_input_grad[1]  # which alone is true without gradients, too
         d_states, d_weight = (torch.empty_like(states), None) if needs_gradient else (None, None)
         # A small share of a small probability would vanish in float16, so there the share is taken at the end.
@@ -75,7 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         if ctx.gradients is None:
-            raise RuntimeError("this loss gave its gradients away in an earlier backward pass: compute it again")
+            raise RuntimeError(
+                "this loss gave its gradients away in an earlier backward pass: compute it again, or with output_logits=True"
+            )
         (d_states, d_weight), ctx.gradients = ctx.gradients, None
         gradient = gradient * ctx.share
         if gradient.device.type != "cpu" or float(gradient) != 1.0:
@@ -92,12 +94,17 @@ def loss_and_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tenso
     """
     if has_gpu_kernels(logits.device, logits.dtype):
         return triton_loss.loss_and_gradient_(logits, labels, weights)
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    total = at_least_float32(logits.new_zeros(()))
     step = FLOAT_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for first in range(0, len(logits), step):
         rows = slice(first, first + step)
-        probability, index, scale = torch.softmax(logits[rows], -1, dtype=torch.float32), labels[rows, None], weights[rows, None]
-        total -= (probability.gather(1, index).clamp_min_(SMALLEST_PROBABILITY).log_() * scale).sum()
-        probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+        probability, index, scale = torch.softmax(logits[rows], -1, dtype=total.dtype), labels[rows, None], weights[rows, None]
+        likelihood = probability.gather(1, index)
+        if logits.device.type == "cpu" and bool((likelihood > SMALLEST_PROBABILITY).all()):
+            losses = likelihood.log_()
+        else:
+            losses = torch.log_softmax(logits[rows], -1, dtype=total.dtype).gather(1, index)
+        total -= (losses * scale).sum()
+        probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=total.dtype))
         logits[rows] = probability.mul_(scale)
     return total

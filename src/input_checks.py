@@ -7,7 +7,11 @@ from torch import Tensor, aminmax
 from src.attention import SegmentError
 from src.kv_cache import CacheError, T5Cache
 from src.packing import IGNORED
-from src.t5_stack import ModelError
+
+
+class ModelError(ValueError):
+    """Weights, ids or options that a model cannot run with."""
+
 
 UNSUPPORTED = (  # arguments of stock T5
     "inputs_embeds", "decoder_inputs_embeds", "output_attentions", "output_hidden_states",
@@ -32,6 +36,12 @@ def check_ids(ids: Tensor | None, vocab_size: int, name: str) -> None:
         )
 
 
+def check_mask(mask: Tensor | None, tokens: tuple[int, ...]) -> None:
+    """Refuse a mask that is not (batch, source): it would be broadcast, or say nothing of some tokens."""
+    if mask is not None and tuple(mask.shape) != tuple(tokens):
+        raise ModelError(f"attention_mask is {tuple(mask.shape)} for tokens {tuple(tokens)}: give one value per token")
+
+
 def check_segments(segment_ids: Tensor | None, ids: Tensor | None, name: str) -> None:
     if segment_ids is not None and ids is not None and segment_ids.shape != ids.shape:
         raise SegmentError(f"{name} is {tuple(segment_ids.shape)} for tokens {tuple(ids.shape)}: give one segment id per token")
@@ -50,16 +60,20 @@ def check_sides(encoder_segments: Tensor | None, decoder_segments: Tensor | None
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Refuse what stock T5 takes and this model would pass over in silence."""
+    """Refuse what stock T5 takes and this model would pass over in silence, and segment ids under another name."""
     for name, value in options.items():
-        if name in UNSUPPORTED and (isinstance(value, Tensor) or value):
-            raise ModelError(f"{name} is not supported here: open the checkpoint with transformers.AutoModelForSeq2SeqLM for it")
+        given = isinstance(value, Tensor) or bool(value)
+        if (name in UNSUPPORTED and given) or (name == "return_dict" and value is False):
+            raise ModelError(
+                f"{name}={'...' if given else value} is not supported here: open the checkpoint with stock transformers for it"
+            )
+        if "segment" in name and given:
+            raise ModelError(f"{name} is unknown: models take encoder_segment_ids and decoder_segment_ids, a stack segment_ids")
 
 
 def check_target(labels: Tensor | None, decoder_input_ids: Tensor | None, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary, and labels that are not one for each decoder input."""
+    """Refuse labels outside the vocabulary, or not one for each decoder input."""
     check_ids(labels, vocab_size, "labels")
-    check_ids(decoder_input_ids, vocab_size, "decoder_input_ids")
     if None not in (labels, decoder_input_ids) and labels.shape != decoder_input_ids.shape:
         raise ModelError(f"labels are {tuple(labels.shape)} and decoder_input_ids {tuple(decoder_input_ids.shape)}: make them the same")
 

@@ -184,6 +184,7 @@ class T5Cache(Cache):
         return StateLayer(capacity) if weight is None else KeyLayer(capacity, weight)
 
     is_compileable = False
+    is_initialized = is_croppable = True  # `generate` asks, on some devices before a layer holds anything
 
     def of_layer(self, index: int) -> tuple:
         """(self-attention, cross-attention) part of a layer."""

@@ -12,11 +12,20 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 
 from src.attention import SegmentError, SegmentMask, at_least_float32
 from src.fused_loss import linear_cross_entropy
-from src.input_checks import check_cache, check_class_labels, check_ids, check_options, check_segments, check_sides, check_target
+from src.input_checks import (
+    ModelError,
+    check_cache,
+    check_class_labels,
+    check_mask,
+    check_options,
+    check_segments,
+    check_sides,
+    check_target,
+)
 from src.packing import IGNORED
 from src.slim_generation import SlimGenerationMixin
 from src.t5_layers import compute_dtype
-from src.t5_stack import TIED_WEIGHTS, ModelError, T5Model, T5PreTrainedModel, build_stacks
+from src.t5_stack import TIED_WEIGHTS, T5Model, T5PreTrainedModel, build_stacks
 
 
 def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_id: int) -> Tensor:
@@ -35,7 +44,8 @@ def shift_right(labels: Tensor, segment_ids: Tensor | None, start_id: int, pad_i
 def mean_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
     """Cross-entropy over labels that are not -100, divided by their number or by `num_items` (of the global batch)."""
     total = nn.functional.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (num_items if num_items is not None else (labels != IGNORED).sum().clamp(min=1))
+    count = (labels != IGNORED).sum() if num_items is None else num_items
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
@@ -81,7 +91,8 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
             labels: (batch, target), -100 = ignored.
             encoder_segment_ids, decoder_segment_ids: (batch, source), (batch, target): 0 = padding, 1.. = example of a packed row.
             encoder_outputs: what `self.encoder` returned, in place of `input_ids`.
-            past_key_values: `src.kv_cache.T5Cache`; `decoder_input_ids` then holds the new tokens only.
+            past_key_values: `src.kv_cache.T5Cache`; `decoder_input_ids` then holds the new tokens only. With a cache nothing has a
+                gradient: what a slim one multiplies by is made once.
             num_items_in_batch: label tokens of the global batch, which the summed loss is divided by; None: of this one.
             output_logits: False: with labels, return the loss alone, which saves the logits' memory. None: False in training.
             use_cache: True: without labels and `past_key_values`, begin a cache and return it.
@@ -103,27 +114,30 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
         check_cache(past_key_values, packed=not encoder_segment_ids is decoder_segment_ids is None)
         loss_only = labels is not None and (self.training if output_logits is None else not output_logits)
         loss_only = loss_only and type(self.lm_head) is nn.Linear  # an adapter on the head takes the plain way
-        head = self._prepare_head(loss_only)
-        encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
                 raise ModelError("neither decoder_input_ids nor labels are given: pass labels to train or call generate()")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels, decoder_segment_ids)
-        states = self.decoder(
-            decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            segment_ids=decoder_segment_ids,
-            encoder_states=encoder_states,
-            encoder_mask=cross_mask(attention_mask, encoder_segment_ids, decoder_segment_ids),
-            cache=past_key_values,
-        ).last_hidden_state
-        self._sparse_lookups(False)
-        states = states * self.logit_scale
-        if loss_only:
-            logits, loss = None, linear_cross_entropy(states, head, labels, num_items_in_batch)
-        else:
-            logits = self.lm_head(states)  # (batch, target, vocab_size)
-            loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and past_key_values is None):
+            head = self._prepare_head(loss_only)
+            try:
+                encoder_states = self._encode(input_ids, attention_mask, encoder_segment_ids, encoder_outputs)
+                states = self.decoder(
+                    decoder_input_ids,
+                    attention_mask=decoder_attention_mask,
+                    segment_ids=decoder_segment_ids,
+                    encoder_states=encoder_states,
+                    encoder_mask=cross_mask(attention_mask, encoder_segment_ids, decoder_segment_ids),
+                    cache=past_key_values,
+                ).last_hidden_state
+            finally:
+                self._sparse_lookups(False)
+            states = states * self.logit_scale
+            if loss_only:
+                logits, loss = None, linear_cross_entropy(states, head, labels, num_items_in_batch)
+            else:
+                logits = self.lm_head(states)  # (batch, target, vocab_size)
+                loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=encoder_states)
 
     def _prepare_head(self, loss_only: bool) -> Tensor:
@@ -143,10 +157,11 @@ class T5ForConditionalGeneration(SlimGenerationMixin, T5PreTrainedModel):
 
     def _encode(self, input_ids, attention_mask, segment_ids, encoder_outputs) -> Tensor:
         if encoder_outputs is not None:
+            check_mask(attention_mask, encoder_outputs[0].shape[:2])
             return encoder_outputs[0]
         if input_ids is None:
             raise ModelError("neither input_ids nor encoder_outputs are given: pass the tokens of the source")
-        check_ids(input_ids, self.config.vocab_size, "input_ids")
+        check_mask(attention_mask, input_ids.shape)
         return self.encoder(input_ids, attention_mask=attention_mask, segment_ids=segment_ids).last_hidden_state
 
 
@@ -198,7 +213,7 @@ class T5ForSentimentClassification(T5PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         encoder_segment_ids: Tensor | None = None,
@@ -222,7 +237,9 @@ class T5ForSentimentClassification(T5PreTrainedModel):
             SegmentError: segment ids that do not fit.
         """
         check_options(options)
-        check_ids(input_ids, self.config.vocab_size, "input_ids")
+        if input_ids is None:
+            raise ModelError("input_ids are not given: pass the tokens")
+        check_mask(attention_mask, input_ids.shape)
         check_segments(encoder_segment_ids, input_ids, "encoder_segment_ids")
         packed = encoder_segment_ids is not None
         segments = encoder_segment_ids if packed else torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -11,14 +11,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.attention import SegmentMask, at_least_float32, causal_mask, position_bias
 from src.dropout import dropout
 from src.fast_attention import prepared_bias, prepared_mask
+from src.input_checks import ModelError, check_ids, check_options
 from src.t5_layers import T5Attention, T5Block, T5FeedForward, T5LayerNorm, compute_dtype
 
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 TIED_WEIGHTS = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), "shared.weight")
-
-
-class ModelError(ValueError):
-    """Weights, ids or options that this model cannot run with."""
 
 
 class T5PreTrainedModel(PreTrainedModel):
@@ -27,7 +24,7 @@ class T5PreTrainedModel(PreTrainedModel):
     config_class = T5Config
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flex_attn = True  # the kernel is chosen by device (src.t5_layers), whatever the config asks for
+    _supports_sdpa = _supports_flex_attn = True  # src.fast_attention chooses the kernel by device, whatever the config asks for
     _no_split_modules = ("T5Block",)
     # An early release of the original checkpoints carried this unused table.
     _keys_to_ignore_on_load_unexpected = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
@@ -79,11 +76,13 @@ class T5PreTrainedModel(PreTrainedModel):
                 module.kernel = kernel
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Stock `from_pretrained`, which here refuses checkpoints that are not T5 and weights that are not numbers."""
-        model_type = PreTrainedConfig.get_config_dict(path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})[0].get("model_type")
-        if model_type != "t5":
-            raise ModelError(f"{path} holds a {model_type!r} model: give the folder or Hub id of a T5 checkpoint")
+        path = pretrained_model_name_or_path
+        if path is not None:  # else config and weights are given themselves
+            config, _ = PreTrainedConfig.get_config_dict(path, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+            if (model_type := config.get("model_type")) != "t5":
+                raise ModelError(f"{path} holds a {model_type!r} model: give the folder or Hub id of a T5 checkpoint")
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
@@ -110,13 +109,13 @@ class T5Stack(T5PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         encoder_states: Tensor | None = None,
         encoder_mask: Tensor | SegmentMask | None = None,
         cache=None,
-        **_: object,
+        **options: object,
     ) -> BaseModelOutput:
         """Run the stack.
 
@@ -131,6 +130,10 @@ class T5Stack(T5PreTrainedModel):
         Returns:
             `last_hidden_state` (batch, length, d_model), normed.
         """
+        check_options(options)
+        if input_ids is None:
+            raise ModelError("input_ids are not given: pass the tokens")
+        check_ids(input_ids, self.config.vocab_size, "decoder_input_ids" if self.config.is_decoder else "input_ids")
         start = 0 if cache is None else cache.get_seq_length()
         length = input_ids.shape[1]
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)

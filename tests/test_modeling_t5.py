@@ -10,9 +10,9 @@ from transformers import T5Config
 
 from src.attention import SegmentError
 from src.fused_loss import linear_cross_entropy
+from src.input_checks import ModelError
 from src.kv_cache import CacheError
 from src.modeling_t5 import T5ForConditionalGeneration, T5ForSentimentClassification, mean_loss, shift_right
-from src.t5_stack import ModelError
 
 V10 = {"feed_forward_proj": "relu"}
 V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -75,6 +75,20 @@ def test_logits_loss_and_gradients_are_those_of_stock(tmp_path, version, size, k
 
 
 @pytest.mark.parametrize("version", [V10, V11])
+def test_training_in_float32_is_stocks(tmp_path, version):
+    """Breaks when the loss without logits, or the embeddings' gradients beside it, depart from T5, for the longest distances, too."""
+    stock, batch = stock_checkpoint(tmp_path, version, SIZES[0]).train(), padded_batch(source=300, target=160)
+    ours = T5ForConditionalGeneration.from_pretrained(tmp_path).train()
+    expected, found = stock(**batch).loss, ours(**batch).loss
+    assert relative(found, expected) < 1e-5
+    expected.backward()
+    found.backward()
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    for name, parameter in stock.named_parameters():
+        assert relative(gradients[name].to_dense(), parameter.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("version", [V10, V11])
 def test_checkpoints_interchange_in_a_process_without_src(tmp_path, version):
     """Breaks when our files are anything but a stock checkpoint: safetensors, tied weights once, no trace of `src`."""
     stock, batch = stock_checkpoint(tmp_path / "stock", version, SIZES[0]), padded_batch()
@@ -96,11 +110,11 @@ def test_checkpoints_interchange_in_a_process_without_src(tmp_path, version):
 
 
 @torch.no_grad()
-def test_initialisation_has_stocks_spread():
+@pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
+def test_initialisation_has_stocks_spread(projection):
     """Breaks when a factor is lost: T5 starts its weights at very different scales, and training depends on them."""
-    config = T5Config(
-        vocab_size=500, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0, initializer_factor=0.7
-    )
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=500, **sizes, decoder_start_token_id=0, initializer_factor=0.7, feed_forward_proj=projection)
     torch.manual_seed(0)
     expected = dict(transformers.T5ForConditionalGeneration(config).named_parameters())
     for name, parameter in T5ForConditionalGeneration(config).named_parameters():
@@ -142,6 +156,10 @@ def test_packed_examples_are_what_they_are_alone(tmp_path, kernel):
     kept = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
     assert (other[0, kept] - found.logits[0, kept]).abs().max() < 1e-6
     assert (other[0, 4:6] - found.logits[0, 4:6]).abs().max() > 1e-3
+    changed = row["labels"].clone()
+    changed[0, 4:6] = 7
+    other = model(**{**row, "labels": changed}).logits
+    assert (other[0, kept] - found.logits[0, kept]).abs().max() < 1e-6
 
 
 def test_shift_right_starts_every_segment():
@@ -167,6 +185,7 @@ def test_fused_loss_is_the_plain_loss(monkeypatch, num_items):
         torch.autograd.grad(3 * expected, (states, weight)), torch.autograd.grad(3 * found, (states, weight)), strict=True
     ):
         torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(linear_cross_entropy(60 * states, weight, labels), mean_loss(60 * states @ weight.t(), labels, None))
     (frozen,) = torch.autograd.grad(3 * linear_cross_entropy(states, weight.detach(), labels, num_items), states)
     torch.testing.assert_close(frozen, torch.autograd.grad(3 * mean_loss(states @ weight.t(), labels, num_items), states)[0])
 
@@ -300,6 +319,17 @@ def test_a_loop_by_hand_decodes_as_stock_does(tmp_path):
     assert torch.equal(*written)
 
 
+@pytest.mark.parametrize("kind", ["kv", "x+e"])
+def test_with_a_cache_nothing_has_a_gradient(kind):
+    """Breaks when a step with a cache takes part in a gradient: slim caches leave k and v out of it, and no error says so."""
+    model = T5ForConditionalGeneration(config_of(V10, SIZES[0]))
+    cache, step = model.new_cache(kind), {"input_ids": torch.tensor([[3, 5]]), "decoder_input_ids": torch.tensor([[7]])}
+    for _ in range(2):
+        assert not model(**step, past_key_values=cache).logits.requires_grad
+    assert model(**step).logits.requires_grad
+    assert cache.is_croppable  # `generate` asks this on Apple's devices
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -319,7 +349,9 @@ def test_labels_of_a_classifier_have_to_fit(labels, message):
 def test_a_batch_without_a_label_has_no_loss(training):
     """Breaks when a batch of texts whose labels are all ignored gives a loss that is not a number, or only in training."""
     model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).train(training)
-    assert model(input_ids=torch.tensor([[3, 1]]), labels=torch.full((1, 4), -100)).loss.item() == 0
+    for num_items in (None, 0, torch.tensor(0)):
+        nothing = {"labels": torch.full((1, 4), -100), "num_items_in_batch": num_items}
+        assert model(input_ids=torch.tensor([[3, 1]]), **nothing).loss.item() == 0
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path):
@@ -346,8 +378,21 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     with pytest.raises(ModelError, match=r"labels are \(1, 2\) and decoder_input_ids \(1, 1\)"):
         model(input_ids=torch.tensor([[3]]), decoder_input_ids=torch.tensor([[0]]), labels=torch.tensor([[4, 1]]))
     for option in ({"decoder_inputs_embeds": torch.zeros(1, 1, 32)}, {"output_attentions": True}):
-        with pytest.raises(ModelError, match=rf"{next(iter(option))} is not supported here: open the checkpoint with transformers"):
+        with pytest.raises(
+            ModelError, match=rf"{next(iter(option))}=\S+ is not supported here: open the checkpoint with stock transformers"
+        ):
             model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[1]]), **option)
+    with pytest.raises(ModelError, match="encoder_segment_ids is unknown: models take .*, a stack segment_ids"):
+        model.encoder(row["input_ids"], encoder_segment_ids=row["encoder_segment_ids"])
+    with pytest.raises(ModelError, match=r"attention_mask is \(1, 1\) for tokens \(1, 3\)"):
+        model(encoder_outputs=(torch.zeros(1, 3, 32),), attention_mask=torch.ones(1, 1), decoder_input_ids=torch.tensor([[0]]))
+    with pytest.raises(ModelError, match="input_ids holds id 500 but the model's vocabulary has 120"):
+        model.generate(torch.tensor([[500, 1]]))
+    with pytest.raises(ModelError, match="inputs_embeds=... is not supported"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ModelError):
+        model.train()(input_ids=torch.tensor([[120]]), labels=torch.tensor([[1]]))
+    assert not model.eval().encoder.embed_tokens.sparse  # what training asked of the table is taken back
     with pytest.raises(ModelError, match="labels holds id -1"):
         model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[-1, -100]]))
     with pytest.raises(ModelError, match="decoder_input_ids holds id 120"):
