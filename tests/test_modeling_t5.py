@@ -382,13 +382,13 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
             ModelError, match=rf"{next(iter(option))}=\S+ is not supported here: open the checkpoint with stock transformers"
         ):
             model(input_ids=torch.tensor([[3]]), labels=torch.tensor([[1]]), **option)
-    with pytest.raises(ModelError, match="encoder_segment_ids is unknown: models take .*, a stack segment_ids"):
+    with pytest.raises(ModelError, match=r"encoder_segment_ids is unknown: models take .*, a stack segment_ids"):
         model.encoder(row["input_ids"], encoder_segment_ids=row["encoder_segment_ids"])
     with pytest.raises(ModelError, match=r"attention_mask is \(1, 1\) for tokens \(1, 3\)"):
         model(encoder_outputs=(torch.zeros(1, 3, 32),), attention_mask=torch.ones(1, 1), decoder_input_ids=torch.tensor([[0]]))
     with pytest.raises(ModelError, match="input_ids holds id 500 but the model's vocabulary has 120"):
         model.generate(torch.tensor([[500, 1]]))
-    with pytest.raises(ModelError, match="inputs_embeds=... is not supported"):
+    with pytest.raises(ModelError, match=r"inputs_embeds=\.\.\. is not supported"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ModelError):
         model.train()(input_ids=torch.tensor([[120]]), labels=torch.tensor([[1]]))
