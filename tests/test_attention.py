@@ -102,6 +102,15 @@ def test_attention_dropout_has_the_gradient_of_what_it_dropped(monkeypatch, dtyp
         assert (fast - plain).norm() < error * (plain.norm() + 0.05)
 
 
+def test_a_frozen_bias_costs_no_pass_over_the_scores(monkeypatch):
+    """Breaks when adapters, which freeze the bias, pay for a gradient that nobody asked for; the others stay the same."""
+    *states, bias = inputs(2, 6, 6, 2, torch.float32)[0]
+    expected = torch.autograd.grad(attention(*states, bias, None, HEADS, 0.0).sum(), states)
+    monkeypatch.setattr("src.chunked_attention._add_over_rows", None)
+    found = torch.autograd.grad(attention(*states, bias.detach(), None, HEADS, 0.0).sum(), states)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5])
 def test_keep_bits_drop_at_the_rate(rate):
     """Breaks when the threshold is off: a wrong rate changes training without any error."""
