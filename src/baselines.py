@@ -80,7 +80,10 @@ def tfidf_svm(train: pd.DataFrame, test: pd.DataFrame, fold: int = 0, seed: int 
     class_shares(train)
     name = "tfidf_word_list_svm" if with_word_list else "tfidf_svm"
     parts = int(min(5, np.bincount(train["label"]).min()))
-    pipeline = tfidf_svm_pipeline(seed, with_word_list).fit(train["text"], train["label"])
+    try:
+        pipeline = tfidf_svm_pipeline(seed, with_word_list).fit(train["text"], train["label"])
+    except ValueError as error:  # no run of characters stands in two texts
+        raise BaselineError(f"TF-IDF has nothing to count in {len(train)} training texts ({error}): give more labelled rows") from None
     labels = pipeline.predict(test["text"])
     if parts < 2:  # one row of a class cannot be held out: certainty is all that can be said
         return predictions_frame(test, np.eye(len(LABELS))[labels], name, fold=fold)

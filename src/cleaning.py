@@ -26,13 +26,14 @@ TYPED = str.maketrans({"–": "-", "−": "-", "‑": "-", "—": " -- ", "½": 
 
 AGENCY = r"(?:Reuters|Bloomberg|AFX|AFP|AP|ADP ?News|Dow Jones|Thomson Financial|Thomson Reuters|Synthetic News(?:wire)?)"
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}\.?"
-DATELINE = re.compile(
-    rf"^[ \t]*(?:[^\n]{{0,120}}?\(\s?{AGENCY}\b[^()\n]{{0,40}}\)\s*-+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # OSLO, Norway  (Reuters) -
-    rf"|(?:[A-Z][A-Z /.'-]+(?:, [A-Z][A-Za-z. ]+)?\s+)?\({AGENCY}\)\.?\s+"  # LONDON (Reuters) without a hyphen
-    rf"|[A-Z][A-Z .'/-]+(?:, [A-Z][A-Za-z. ]+)?, {MONTH} \d\d? *-+ +"  # WASHINGTON, Sept 12 -
-    rf"|ADPnews - {MONTH} \d\d? ?, \d{{4}} - )",
-    re.MULTILINE,
+CITY = r"[A-Z][A-Z /.'-]+(?: ?, [A-Z][A-Za-z. ]+)?"
+BY_AGENCY = rf"\(\s?{AGENCY}\b[^()\n]{{0,40}}\)\s*-+\s*(?:{MONTH} \d\d? ?, \d{{4}} ?- )?"  # (Reuters) -
+OTHER_DATELINES = rf"{CITY}, {MONTH} \d\d? *-+ +|ADPnews - {MONTH} \d\d? ?, \d{{4}} - "  # WASHINGTON, Sept 12 -
+DATELINE = re.compile(  # OSLO, Norway  (Reuters) - ; LONDON (Reuters) without a hyphen
+    rf"^[ \t]*(?:[^\n]{{0,120}}?{BY_AGENCY}|(?:{CITY}\s+)?\({AGENCY}\)\.?\s+|{OTHER_DATELINES})", re.MULTILINE
 )
+# What stands before an agency may be all of a headline: Shares jump (Reuters) - https://...
+SENTENCE_DATELINE = re.compile(rf"^[ \t]*(?:(?:{CITY}\s*)?{BY_AGENCY}|{OTHER_DATELINES})", re.MULTILINE)
 NOTE_VERBS = (
     "Add|Amend|Attention|Change|Clarifie|Clarif|Correct|Correcting|Correction|Delete|Drop|Fixe|Fix|Insert|Note|Please|Recast|"
     "Refile|Refiling|Relead|Remove|Repeat|Restore|Rewrite|Update|Updating|Write"
@@ -140,6 +141,7 @@ RULES = {
         Rule("drop_editorial_note", "(Corrects …), (Adds …) before the story", in_header(EDITORIAL_NOTE)),
         Rule("drop_byline", "a line 'By …' before the story", in_header(BYLINE)),
         Rule("drop_dateline", "'OSLO (Reuters) - ', 'Oct. 20 (Bloomberg) -- '", in_header(DATELINE)),
+        Rule("drop_city_dateline", "the same before a sentence: 'OSLO (Reuters) - ', but no headline", in_header(SENTENCE_DATELINE)),
         Rule("drop_credit", "'(Reporting by …; Editing by …)' to the end", drop_credit),
         Rule("drop_contact", "'To contact the reporter …', '--With assistance from …' to the end", in_trailer(CONTACT)),
         Rule("drop_wire_codes", "<ID:nN123>, [ID:nN123], rows of ^^^^^^^^", drop_wire_codes),
@@ -166,7 +168,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
             "join_punctuation",
             "collapse_spaces",
         ),
-        "sentence": (*CHARACTERS, "drop_dateline", "drop_links", "join_punctuation", "collapse_spaces"),
+        "sentence": (*CHARACTERS, "drop_city_dateline", "drop_links", "join_punctuation", "collapse_spaces"),
     },
     "seed": {"article": SEED, "sentence": SEED},
 }

@@ -83,10 +83,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     unknown = [model for model in models if model not in BASELINES and model not in CONTESTANTS]
     if unknown:
         raise ComparisonError(f"model {unknown[0]!r} is unknown: choose from {', '.join([*BASELINES, *CONTESTANTS])}")
+    if twice := [model for model in named if len(set(members_of(model))) < len(members_of(model))]:
+        raise ComparisonError(f"--models {twice[0]} names a model twice: an average is of different ones")
     contestants = [CONTESTANTS[model] for model in models if model in CONTESTANTS]
     if any(contestant.method == "qlora" for contestant in contestants):
         require_bitsandbytes()
-    settings = settings_of(arguments)
+    settings, multiples = settings_of(arguments), numbers(arguments.rates)
     splits = list(splits_of(arguments, settings))
     fractions = fractions_of(arguments.fractions, models, splits)
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
     runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes)
     seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
-    rates = choose_rates(runner, models, splits, seeds[0], numbers(arguments.rates))
+    rates = choose_rates(runner, models, splits, seeds[0], multiples)
     plans = [(model, {"learning_rate": rates.get(model, {}).get("learning_rate")}) for model in models]
     finished = dict(zip(models, run_plans(runner, plans, splits, seeds), strict=True))
     finished |= {model: joint(model, finished) for model in named if len(members_of(model)) > 1}
@@ -151,17 +153,19 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
 
 
 def whole_numbers(text: str) -> list[int]:
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ComparisonError(f"{text!r} are not whole numbers: give them as 0,1,2") from None
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ComparisonError(f"{text!r} are not whole numbers: give them as 0,1,2")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def numbers(text: str | None) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        found = [float(part) for part in text.split(",")] if text else []
     except ValueError:
-        raise ComparisonError(f"{text!r} are not numbers: give them as 0.3,1,3") from None
+        found = [float("nan")]
+    if not all(0 < number < float("inf") for number in found):
+        raise ComparisonError(f"{text!r} are not positive numbers: give them as 0.3,1,3")
+    return found
 
 
 def fractions_of(text: str | None, models: Sequence[str], splits: Sequence[Split]) -> list[float]:
@@ -243,7 +247,10 @@ def run_jobs(runner: Runner, model: str, splits: Sequence[Split], seeds: Sequenc
 def label_efficiency(
     runner: Runner, finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split], seeds: Sequence[int], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Macro-F1 with its interval for each share of the training labels, at the rates of `finished`: what pre-training saves."""
+    """Macro-F1 with its interval for each share of the training labels, at the rates of `finished`: what pre-training saves.
+
+    Below the whole all of them are trained on; the whole is the run of the table, which holds labels out for a temperature.
+    """
     rates = {model: results[0].job.learning_rate for model, results in finished.items() if model in CURVE_MODELS}
     plans = [(model, {"fraction": fraction, "learning_rate": rates[model]}) for fraction in sorted(fractions) for model in rates]
     curve = []

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from src.labels import parse_label_map
 
+OPTIMIZERS = ("adamw", "adamw_rms_scaled", "muon", "adafactor_t5", "paged_adamw_8bit")  # src.optimizers.build_optimizer
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")  # of the learning rate: src.optimizers.learning_rate_factor
 
 
@@ -64,6 +65,9 @@ class LabelledSettings:
         require(len(self.split_fractions) == 3, "labelled.split_fractions must be three numbers: train, validation, test")
         require(abs(sum(self.split_fractions) - 1) < 1e-9, "labelled.split_fractions must add up to 1")
         require(min(self.split_fractions) > 0, "labelled.split_fractions must be positive")
+        require(self.max_documents is None or self.max_documents > 0, "labelled.max_documents must be positive or null")
+        for name in ("boilerplate_count", "overlap_ngram", "near_duplicate_ngram"):
+            require(getattr(self, name) > 0, f"labelled.{name} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class ModelSettings:
 class TrainingSettings:
     """What one run of the training loop needs; stages 3 to 5 extend it."""
 
-    optimizer: str = "adamw_rms_scaled"  # a recipe of src.optimizers
+    optimizer: str = "adamw_rms_scaled"  # one of OPTIMIZERS
     learning_rate: float = 2e-2
     other_rate: float = 1.0  # of embeddings, norms and position biases, as a share of learning_rate
     schedule: str = "cosine"  # one of SCHEDULES
@@ -120,6 +124,9 @@ class TrainingSettings:
         require(budgets and min(budgets) > 0, "set max_steps, max_epochs or max_minutes, each positive or null")
         for name in ("rows_per_step", "rows_per_micro_batch", "evaluate_every", "checkpoint_every"):
             require(getattr(self, name) > 0, f"{name} must be positive: a number larger than the run's steps stands for never")
+        for name in ("optimizer", "full_optimizer"):
+            known = getattr(self, name, "adamw") in OPTIMIZERS
+            require(known, f"{name} {getattr(self, name, None)!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
         require(self.schedule in SCHEDULES, f"schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
         require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
         require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
@@ -179,6 +186,8 @@ class FinetuningSettings(TrainingSettings):
         super().__post_init__()
         require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
         require(self.full_learning_rate > 0, "full_learning_rate must be positive")
+        for name in ("inputs_length", "targets_length", "lora_rank"):
+            require(getattr(self, name) > 0, f"{name} must be positive")
         require(self.full_max_epochs is None or self.full_max_epochs > 0, "full_max_epochs must be positive")
         require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")
         require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")

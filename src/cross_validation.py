@@ -222,7 +222,7 @@ class Runner:
     def judge(self, job: Job, labelled: pd.DataFrame, test: pd.DataFrame, checkpoints: Path) -> Finished:
         validation, train = held_out(labelled, RATE_VALIDATION if job.judged == "validation" else VALIDATION, job.fold)
         contestant, settings = CONTESTANTS[job.model], self.settings_of(job)
-        if job.fraction < 1:  # the curve's scores need no temperature: train on all, as TF-IDF does
+        if job.fraction < 1:  # the curve's scores need no temperature: train on all, as TF-IDF does; at 1 they are those of the table
             train = labelled
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         tuned = finetune(

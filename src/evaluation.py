@@ -163,7 +163,8 @@ def evaluate_predictions(
 
     Args:
         predictions: the judged rows of one model; a text may stand in several folds, one of each draw of them.
-        validation: the same model's predictions on validation rows; the temperature is fitted there and nowhere else.
+        validation: the same model's predictions on validation rows; the temperature is fitted there and nowhere else. Those of one
+            fold may be judged in another: what is scaled is never scaled by a temperature that its own label helped to fit.
         resamples: bootstrap resamples behind the 95 % intervals.
 
     Returns:
@@ -178,7 +179,7 @@ def evaluate_predictions(
         label: {key: float(scores[key][i]) for key in ("precision", "recall", "f1")} | {"support": int(confusion[i].sum())}
         for i, label in enumerate(LABELS)
     }
-    probabilities, labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
+    probabilities, labels = columns_of(predictions)
     metrics = {"model": str(predictions["model"].iloc[0]), "rows": len(cells)}
     metrics |= {name: float(scores[name]) for name in SCORES} | {f"{name}_ci95": interval(samples[name]) for name in SCORES}
     metrics |= {"per_class": per_class, "confusion": confusion.astype(int).tolist()}
@@ -186,10 +187,18 @@ def evaluate_predictions(
     metrics |= {"ece": expected_calibration_error(probabilities, labels)}
     if validation is not None:
         check_predictions(validation)
-        temperature = fit_temperature(validation[list(PROBABILITY_COLUMNS)].to_numpy(), validation["label"].to_numpy())
-        scaled = scale_temperature(probabilities, temperature)
-        metrics |= {"temperature": temperature, "ece_scaled": expected_calibration_error(scaled, labels)}
+        scaled = np.empty_like(probabilities)
+        for fold in predictions["fold"].unique():
+            judged = (predictions["fold"] == fold).to_numpy()
+            others = validation[~validation["text_id"].isin(predictions.loc[judged, "text_id"])]
+            scaled[judged] = scale_temperature(probabilities[judged], fit_temperature(*columns_of(others)))
+        metrics |= {"temperature": fit_temperature(*columns_of(validation)), "ece_scaled": expected_calibration_error(scaled, labels)}
     return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}
+
+
+def columns_of(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities, float64 (rows, 3), and labels (rows,)."""
+    return predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
 
 
 def scores_without(predictions: pd.DataFrame, text_ids: Collection[str]) -> dict[str, object] | None:

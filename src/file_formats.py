@@ -52,6 +52,8 @@ def csv_header(path: Path, reader: Any) -> list[str]:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise SourceError(f"{path}: the header is not valid csv ({error}): close its quotes, end lines as Unix or Windows does") from None
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise SourceError(f"{path} has two columns {twice[0]!r}: rename one")
     if len(header) == 1 and (other := re.search(r"[;|\t]", header[0])):
         raise SourceError(f"{path} is separated by {other[0]!r}: save it with commas, or with tabs as .tsv")
     return header
@@ -117,10 +119,14 @@ def json_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
     if isinstance(content, dict):
         if len(content) > 1 and all(isinstance(value, dict) for value in content.values()):
             raise SourceError(f'{path} holds columns, not rows: write it with to_json(orient="records")')
-        arrays = [value for value in content.values() if isinstance(value, list)]
+        arrays = [value for value in content.values() if isinstance(value, list) and (len(content) == 1 or only_objects(value))]
         content = arrays[0] if len(arrays) == 1 else [content]
     for row, value in enumerate(content if isinstance(content, list) else [content], 1):
         yield json_row(value, path, row)
+
+
+def only_objects(values: list) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

@@ -22,6 +22,7 @@ from src.finetuned_checkpoints import FinetuningError, load_base, save_finetuned
 from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods
 from src.labels import LABELS
+from src.optimizers import STATE_BYTES
 from src.precision import frozen_dtype, precision_dtype
 from src.qlora import add_adapters, base_digest, parameter_table, quantise
 from src.tokenizer import load_tokenizer
@@ -126,7 +127,7 @@ def finetune(
     settings, name = settings.with_method(settings.method), name or model_name(task, settings.method, random_init)
     tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
-    table = parameter_table(model, optimizer_bytes=2 if settings.optimizer == "paged_adamw_8bit" else 8)
+    table = parameter_table(model, STATE_BYTES[settings.optimizer])
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         return validation_scores(predict_rows(task, model, tokenizer, splits["validation"], settings, name=name))

@@ -21,6 +21,8 @@ from src.precision import best_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic iteration of Muon: kellerjordan.github.io/posts/muon
 SMALLEST_RMS = 1e-2  # a parameter that starts at zero must still move (as in Adafactor, arXiv 1804.04235, section 8)
+# Bytes of state that a trainable parameter of a matrix costs.
+STATE_BYTES = {"adamw": 8, "adamw_rms_scaled": 8, "muon": 4, "adafactor_t5": 0, "paged_adamw_8bit": 2}
 
 
 class OptimizerError(ValueError):
@@ -124,7 +126,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     `adafactor_t5` follows the paper's own rate, so neither the rates nor `schedule` and `warmup_steps` touch it.
 
     Raises:
-        OptimizerError: unknown name, or nothing to train.
+        OptimizerError: nothing to train, or the optimizer wants what is not there.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
@@ -160,9 +162,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
             optimizer = Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
             optimizer.param_groups[0]["lr"] = 1e-2  # to show: with a relative step it sets its own rate
             return optimizer
-    raise OptimizerError(
-        f"optimizer {settings.optimizer!r} is unknown: choose adamw, adamw_rms_scaled, muon, adafactor_t5 or paged_adamw_8bit"
-    )
+    raise AssertionError(f"{settings.optimizer} is one of OPTIMIZERS and has no recipe here")
 
 
 def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: float) -> float:

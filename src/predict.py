@@ -93,6 +93,8 @@ class Classifier:
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:
     """Texts of the command line, of a file (one a line), or of standard input."""
+    if arguments.texts and arguments.file:
+        raise PredictionError(f"texts and --file {arguments.file} are both given: give one of them")
     if arguments.texts:
         return arguments.texts
     if arguments.file and not arguments.file.is_file():

@@ -256,7 +256,7 @@ def parameter_table(model: nn.Module, optimizer_bytes: int = 8) -> pd.DataFrame:
     """Parameters and memory by part, in training: columns `part`, `parameters`, `trainable`, `mebibytes`.
 
     Args:
-        optimizer_bytes: state per trainable parameter: 8 for AdamW in float32, 2 for 8-bit AdamW.
+        optimizer_bytes: state per trainable parameter, `src.optimizers.STATE_BYTES`: 8 for AdamW in float32.
     """
     sizes: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from src.labels import LABELS
 
 SPLITS = ("train", "validation", "test")
+DRAWS, FAR_SEED = 20, 1_000_003  # of folds, until each holds every class, and how far apart their seeds are
 
 
 class SplitError(ValueError):
@@ -53,7 +54,7 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
         int8 (rows,): index into `fractions`.
 
     Raises:
-        SplitError: a class is missing or has fewer groups than there are parts.
+        SplitError: a class is missing, has fewer groups than there are parts, or could not be given to each.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     check_classes(labels, groups, len(fractions), f"split into {len(fractions)} parts")
@@ -79,6 +80,10 @@ def grouped_stratified_split(labels: Sequence[int], groups: Sequence[int], fract
         part_of[group] = part
         held[donor] -= counts[group] > 0
         held[part] += counts[group] > 0
+    if (held == 0).any():
+        raise SplitError(
+            f"no split into {len(fractions)} parts has every class in each: near duplicates carry several labels, correct them"
+        )
     return part_of[group_of]
 
 
@@ -86,12 +91,15 @@ def grouped_stratified_folds(labels: Sequence[int], groups: Sequence[int], folds
     """Fold of every row for cross-validation, int64 (rows,): rows of one group together, classes in equal shares.
 
     Raises:
-        SplitError: a class is missing or has fewer groups than there are folds.
+        SplitError: a class is missing, has fewer groups than there are folds, or is in no draw in each of them.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     check_classes(labels, groups, folds, f"{folds}-fold cross-validation")
     fold_of = np.zeros(len(labels), np.int64)
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-        fold_of[test] = fold
-    return fold_of
+    for draw in range(DRAWS):  # a draw may leave a rare class out of a fold where groups carry several labels
+        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=(seed + draw * FAR_SEED) % 2**32)
+        for fold, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+            fold_of[test] = fold
+        if all(len(np.unique(labels[fold_of == fold])) == len(LABELS) for fold in range(folds)):
+            return fold_of
+    raise SplitError(f"{DRAWS} draws of {folds} folds left a class out of one: use fewer folds or more labelled rows")

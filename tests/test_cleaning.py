@@ -105,6 +105,13 @@ def test_mojibake_entities_and_spaces_are_repaired():
     )
 
 
+def test_a_headline_before_its_agency_stays():
+    """A tweet or headline that ends with its source was taken for a dateline, whole."""
+    assert clean_sentence("HELSINKI ( AFX ) - Acme rose") == "Acme rose"
+    for headline in ("Acme beats estimates, shares jump (Reuters) -", "ACME AIR LINES (AP) cuts outlook"):
+        assert clean_sentence(headline) == headline
+
+
 def test_dashes_and_fractions_become_what_newswires_type():
     """They were unknown pieces to a tokenizer of newswire text, in one of forty tweets, and 3½ was 31⁄2."""
     raw = "WASHINGTON, Sept 12 — Acme’s 2010–2012 yield fell −3½% — again"

@@ -280,6 +280,10 @@ def test_an_average_is_of_the_same_fold_and_seed():
     assert together[0, 0].test["prediction"].item() == 0
     assert together[1, 1].validation["p_bearish"].item() == pytest.approx(0.35)
     assert together[1, 1].costs == {"parameters": 2.0, "trainable": 2.0, "seconds": 20.0, "mebibytes": 5.0}
+    free = [cross_validation.Finished(one.job, one.test, None, None, {}) for one in given["a"]]
+    (alone, _) = comparison_report.joint("a+b", {"a": free, "b": given["b"][2:]})  # a baseline named first costs nothing, and hides no cost
+    assert alone.costs["seconds"] == 10.0
+    assert alone.validation is None
 
 
 def test_free_generation_is_reported_beside_the_likelihoods(run):
@@ -322,6 +326,13 @@ def test_errors_come_before_any_training(run, monkeypatch):
     monkeypatch.setattr(cross_validation, "finetune", refuse)
     with pytest.raises(compare.ComparisonError, match="model 'pretraned' is unknown: choose from"):
         run("--models", "majority,pretraned")
+    with pytest.raises(compare.ComparisonError, match="names a model twice"):
+        run("--models", "majority+majority")
+    for rates in ("0.3,0", "nan", "1,-1", "inf"):
+        with pytest.raises(compare.ComparisonError, match="not positive numbers: give them as"):
+            run("--rates", rates)
+    with pytest.raises(compare.ComparisonError, match="'-1' are not whole numbers"):
+        run("--split-seeds=-1")
     with pytest.raises(SplitError, match="too few"):
         run("--folds", "200")
     with pytest.raises(compare.ComparisonError, match="is not a checkpoint: name a folder"):

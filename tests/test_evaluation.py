@@ -122,6 +122,16 @@ def test_temperature_repairs_overconfidence_and_keeps_the_order():
     assert (overconfident[1]["prediction"] == honest_test["prediction"]).all()
 
 
+def test_no_text_is_scaled_by_a_temperature_that_knows_its_label(monkeypatch):
+    """What one fold holds out another judges: fitted on all of it, the temperature has seen labels of the texts it is judged on."""
+    rows = judged(np.random.default_rng(4), 60).assign(fold=np.arange(60) % 2)
+    fit, fitted = evaluation.fit_temperature, []
+    monkeypatch.setattr(evaluation, "fit_temperature", lambda p, labels: fitted.append(len(labels)) or fit(p, labels))
+    evaluate_predictions(rows, rows[:20], resamples=2)
+    assert fitted == [10, 10, 20]  # each fold without its own, then all, which is what is saved
+    assert evaluate_predictions(rows[:40], rows[40:], resamples=2)["temperature"] == fit(*evaluation.columns_of(rows[40:]))
+
+
 def test_calibration_error_by_hand():
     """Four texts at confidence 0.9, half of them right: the gap is 0.4; two at 0.6, one right: 0.1. Weighted by texts: 0.3."""
     probabilities = np.array([[0.9, 0.05, 0.05]] * 4 + [[0.2, 0.6, 0.2]] * 2)

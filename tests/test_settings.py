@@ -39,6 +39,14 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"pretraining.labelled_share": 1.0}, "lie in"),
         ({"pretraining.labelled_share": 0.1, "pretraining.packing": "concatenate"}, "packing=best_fit"),
         ({"classification.method": "qlora8"}, "full, lora or qlora"),
+        ({"classification.optimizer": "sgd"}, "optimizer 'sgd' is unknown: choose one of adamw"),
+        ({"classification.full_optimizer": "sgd"}, "full_optimizer 'sgd' is unknown"),
+        ({"classification.lora_rank": 0}, "lora_rank must be positive"),
+        ({"labelled.max_documents": 0}, "labelled.max_documents must be positive"),
+        (
+            {"classification.method": "full", "classification.learning_rate": 0.1},
+            "with classification.method=full give classification.full_learning_rate",
+        ),
         ({"corpus.max_documents": "many"}, "corpus.max_documents"),
     ],
 )

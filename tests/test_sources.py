@@ -126,6 +126,7 @@ BAD = {  # name: (file, content, what the message holds)
     "not utf-8": ("a.csv", GOOD.encode() + b"it\x92s,neutral\n", "line 3 is not UTF-8 (byte 0x92 at position 3)"),
     "utf-16": ("a.csv", GOOD.encode("utf-16"), "a.csv is UTF-16"),
     "semicolons": ("a.csv", b"text;label\na, b;neutral\n", "a.csv is separated by ';': save it with commas"),
+    "twice": ("a.csv", b"text,label,text\na,neutral,b\n", "a.csv has two columns 'text': rename one"),
     "ragged": ("a.csv", b"text,label\na,b,neutral\n", "row 1 (line 2) has 3 fields, the header 2"),
     "open quote": ("a.csv", b'text,label\na,neutral\n"b,neutral\n', "row 2 (line 3) is not valid csv"),
     "open header": ("a.csv", b'text,"label\na,neutral\n', "the header is not valid csv"),
@@ -161,6 +162,12 @@ def test_files_that_a_folder_passes_over_are_said(tmp_path):
     (tmp_path / "b.csv.gz").write_bytes(b"x")
     with pytest.warns(UserWarning, match=r"b\.csv\.gz is not read, as 1 file\(s\): unpack it"):
         assert len(read_labelled(tmp_path)) == len(ROWS)
+
+
+def test_one_row_that_holds_a_list_is_one_row(tmp_path):
+    """Breaks when the list is taken for the rows of a file that is an object with one array in it."""
+    (tmp_path / "a.json").write_text('{"text": "Profit rose", "label": "neutral", "tags": ["profit"]}', encoding="utf-8")
+    assert read_labelled(tmp_path / "a.json").text.tolist() == ["Profit rose"]
 
 
 def test_half_an_emoji_is_one_unknown_sign(tmp_path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.baselines import BASELINES
 from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
-from src.evaluation import COSTS, PROBABILITY_COLUMNS, reliability_bins, scale_temperature
+from src.evaluation import COSTS, columns_of, reliability_bins, scale_temperature
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
@@ -26,7 +26,9 @@ FEWEST_TEXTS = 5  # in a bin of the reliability diagram: the accuracy of fewer s
 
 
 def colour_of(model: str) -> str:
-    return MUTED if model in BASELINES else INK if "random_init" in model else ACCENT
+    """By kind; an average has the colour of the most that it holds."""
+    kinds = {MUTED if member in BASELINES else INK if "random_init" in member else ACCENT for member in model.split("+")}
+    return next(kind for kind in (ACCENT, INK, MUTED) if kind in kinds)
 
 
 def packed_sentences(batch: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
@@ -94,13 +96,13 @@ def comparison_table(comparisons: Sequence[Mapping[str, object]]) -> Table:
         low, high = result["macro_f1_difference_ci95"]
         row = {"first": result["first"], "second": result["second"], "macro-F1 difference": result["macro_f1_difference"]}
         row |= {"95 % interval": f"[{low:+.3f}, {high:+.3f}]", "accuracy difference": result["accuracy_difference"]}
-        rows.append(row | {"bootstrap p": result["bootstrap_p"], "McNemar p": result["mcnemar_p"]})
-    formats = {"macro-F1 difference": "{:+.3f}", "accuracy difference": "{:+.3f}", "bootstrap p": "{:.3f}", "McNemar p": "{:.2g}"}
+        rows.append(row | {"bootstrap p, macro-F1": result["bootstrap_p"], "McNemar p": result["mcnemar_p"]})
+    formats = {"macro-F1 difference": "{:+.3f}", "accuracy difference": "{:+.3f}", "bootstrap p, macro-F1": "{:.3f}", "McNemar p": "{:.2g}"}
     return Table(pd.DataFrame(rows)).format(formats).hide(axis="index")
 
 
 def intervals_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
-    """The picture to remember: every model's accuracy and macro-F1 with its 95 % interval, best at the top.
+    """The picture to remember: accuracy and macro-F1 of the models with their 95 % intervals, best at the top.
 
     The majority class stays in the table: its distance would squeeze the intervals of all others.
     """
@@ -152,7 +154,7 @@ def confusion_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
 
 def reliability_figure(predictions: pd.DataFrame, metrics: Mapping[str, object]) -> Figure:
     """Confidence against accuracy, before and after temperature scaling; on the diagonal, confidence means what it says."""
-    probabilities, labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy(), predictions["label"].to_numpy()
+    probabilities, labels = columns_of(predictions)
     panels = [("as trained", probabilities, metrics["ece"])]
     if "temperature" in metrics:
         scaled = scale_temperature(probabilities, metrics["temperature"])
