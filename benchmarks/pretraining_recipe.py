@@ -69,7 +69,7 @@ class Contestant:
             self.seconds += time.perf_counter() - started
 
     def step(self, progress: float) -> None:
-        rows = self.settings.rows_per_step
+        rows = min(self.settings.rows_per_step, self.epoch.num_rows)
         if self.row + rows > self.epoch.num_rows:
             self.epoch_number, self.row = self.epoch_number + 1, 0
             self.epoch = self.source.epoch(self.epoch_number)
@@ -79,7 +79,7 @@ class Contestant:
         self.model.train()
         labels = self.epoch.num_labels(self.row, self.row + rows)
         for start in range(self.row, self.row + rows, self.settings.rows_per_micro_batch):
-            batch = self.epoch.batch(start, start + self.settings.rows_per_micro_batch)
+            batch = self.epoch.batch(start, min(start + self.settings.rows_per_micro_batch, self.row + rows))
             self.tokens += sum(int((batch[key] > 0).sum()) for key in ("encoder_segment_ids", "decoder_segment_ids"))
             self.backward(to_device(batch, self.model), labels)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
@@ -167,7 +167,7 @@ def main() -> None:
     judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}
     budget = options.minutes * 60
     while any(each.seconds < budget for each in both):
-        for each in both:
+        for each in (each for each in both if each.seconds < budget):
             each.take_slice(budget)
             last = each.curve[-1]["minutes"] if each.curve else 0.0
             if each.seconds / 60 - last >= options.evaluate_every or each.seconds >= budget:

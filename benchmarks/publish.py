@@ -34,6 +34,8 @@ def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
         if getattr(getattr(default, section), name) == value:
             continue
         shown = published_value(value) if isinstance(value, str) else json.dumps(value)
+        if key == "pretraining.initialisation" and shown != value:  # a folder has to look like one
+            shown = f"./{shown}"
         if key in options:
             variables[options[key]] = shown
         else:

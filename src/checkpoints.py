@@ -1,6 +1,6 @@
 """Checkpoints that can be trusted: whole or absent, verified byte by byte before use, never another run's.
 
-A run is named by everything that shapes it (settings, starting weights, data), so its folder can only hold its own checkpoints.
+A run is named by what shapes it (settings, starting weights, digests of its data), so its folder can only hold its own checkpoints.
 Each holds weights, optimizer, gradient scaler, position and log; nothing is pickled. Random numbers need no saving: each
 step seeds them from its own number. Hashing costs reading every file once more, about a second per gigabyte.
 """
@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from src.config import TrainingSettings
-from src.verified_folders import ArtifactError, atomic_folder, canonical_json, recover, remove_abandoned, verify_folder
+from src.verified_folders import ArtifactError, atomic_folder, canonical_json, recover, recover_all, remove_abandoned, verify_folder
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # the newest and one to fall back to
 WEIGHTS, OPTIMIZER, STATE, LOG = "weights.safetensors", "optimizer.safetensors", "state.json", "training_log.jsonl"
 # Settings that may change while a run is interrupted. Fewer rows at a time draw dropout's masks otherwise; memory may leave no choice.
-FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every", "tracker")
+# Of the number format counts what it was decided to be, not whether it was named.
+FREE_TO_CHANGE = ("rows_per_micro_batch", "checkpoint_every", "tracker", "precision")
 
 
 class CheckpointError(ValueError):
@@ -110,7 +111,7 @@ class Checkpoints:
         """Write one checkpoint, then remove all but the newest `KEPT`.
 
         Raises:
-            CheckpointError: not enough disk; earlier checkpoints stay.
+            CheckpointError: not enough disk; earlier checkpoints stay. ArtifactError: it was filled by others while this was written.
         """
         weights, (tensors, plain) = trainable_tensors(model), split_optimizer_state(optimizer)
         remove_abandoned(self.folder, "step-*")  # a resumed run may never come to the step that a killed one was writing
@@ -120,6 +121,7 @@ class Checkpoints:
             save_tensors(tensors, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps({"state": asdict(state), "optimizer": plain, "scaler": scaler.state_dict()}))
             (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
+        self.damaged = [folder for folder in self.damaged if folder.name != f"step-{state.step:08d}"]  # it is whole again
         for old in [kept for kept in self._all() if kept not in self.damaged][KEPT:]:
             shutil.rmtree(old)
 
@@ -171,7 +173,17 @@ class Checkpoints:
         load_weights(model, self.folder / "best")
         return {"step": manifest["step"], "metrics": manifest["metrics"]}
 
+    def best_is_lost(self) -> str | None:
+        """What is wrong with the best weights, if anything is."""
+        recover(self.folder / "best")
+        try:
+            verify_folder(self.folder / "best")
+        except (ArtifactError, OSError) as error:
+            return str(error)
+        return None
+
     def _all(self) -> list[Path]:
+        recover_all(self.folder, "step-*")
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def _require_room(self, *tensor_groups: Mapping[str, torch.Tensor]) -> None:

@@ -86,7 +86,8 @@ class ModelSettings:
     dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.d_model > 0 and self.num_heads > 0 and self.d_kv > 0, "model widths must be positive")
+        sizes = (self.d_model, self.d_kv, self.d_ff, self.num_heads, self.num_layers, self.num_decoder_layers)
+        require(min(sizes) > 0, "model widths, heads and layers must be positive")
         require(self.feed_forward_proj in ("relu", "gated-gelu"), "model.feed_forward_proj must be relu or gated-gelu")
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         require(buckets >= 4 and buckets % 2 == 0, "model.relative_attention_num_buckets must be even and at least 4")
@@ -131,6 +132,9 @@ class TrainingSettings:
         require(self.rows_per_step % self.rows_per_micro_batch == 0, "rows_per_step must be a multiple of rows_per_micro_batch")
         require(self.precision in ("auto", "fp32", "bf16", "fp16"), "precision must be auto, fp32, bf16 or fp16")
         require(self.learning_rate > 0, "learning_rate must be positive")
+        require(self.max_gradient_norm > 0, "max_gradient_norm must be positive: a large number, such as 1e9, clips nothing")
+        require(self.early_stop_evaluations is None or self.early_stop_evaluations > 0, "early_stop_evaluations must be positive or null")
+        require(self.warmup_steps >= 0 and self.weight_decay >= 0, "warmup_steps and weight_decay must not be negative")
         require(self.other_rate >= 0, "other_rate must not be negative")
 
 
@@ -159,7 +163,8 @@ class PretrainingSettings(TrainingSettings):
         require(0 <= self.labelled_share < 1, "pretraining.labelled_share must lie in [0, 1)")
         require(not self.labelled_share or self.packing == "best_fit", "pretraining.labelled_share needs pretraining.packing=best_fit")
         require(0 < self.noise_density < 1, "pretraining.noise_density must lie in (0, 1)")
-        require(self.validation_rows > 0, "pretraining.validation_rows must be positive")
+        for name in ("inputs_length", "targets_length", "validation_rows"):
+            require(getattr(self, name) > 0, f"pretraining.{name} must be positive")
         require(self.mean_noise_span_length >= 1, "pretraining.mean_noise_span_length must be at least 1")
 
 

@@ -31,7 +31,7 @@ ABBREVIATIONS = (
 
 
 class DistantSupervisionError(ValueError):
-    """A corpus in which the word list finds no sentence of some label."""
+    """A corpus in which the word list finds no sentence of some label, or rows too short for one."""
 
 
 class Pieces:

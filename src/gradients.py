@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from src.collators import PackedEpoch
@@ -36,7 +37,11 @@ class StepGradients:
         if settings.tracker and importlib.util.find_spec(settings.tracker) is None:
             raise TrainingError(f"tracker {settings.tracker} is not installed: pip install {settings.tracker}, or set tracker to None")
         # "no": the number format is chosen here, and a launcher's `--mixed_precision` would scale gradients a second time.
-        self.accelerator = Accelerator(mixed_precision="no", log_with=settings.tracker, project_dir=tracker_folder)
+        # And one step is one step: a launcher's accumulation would divide what is divided by all labels of the step already.
+        single = GradientAccumulationPlugin(num_steps=1)
+        self.accelerator = Accelerator(
+            mixed_precision="no", gradient_accumulation_plugin=single, log_with=settings.tracker, project_dir=tracker_folder
+        )
         self.precision = precision_of(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.model = self.accelerator.prepare_model(model)

@@ -23,6 +23,7 @@ from src.stages import STAGES, Stage
 from src.verified_folders import json_sha256
 
 ROOT = Path(__file__).parent.parent
+SECONDS_TO_LEAVE = 120  # that a notebook has when it is asked to stop
 # Options of `run` (and variables of `make run`) that stand for one setting.
 OPTIONS = {
     "corpus": ("corpus.path", "articles: sample, hub, a Hub id, or a local file or folder"),
@@ -131,6 +132,7 @@ def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
     """
     import nbformat
     import papermill
+    from traitlets.config import Config
 
     copy = artifacts_folder(settings.profile) / "notebooks" / stage.notebook
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +151,8 @@ def run_notebook(settings: Settings, stage: Stage, prefix: str) -> Path:
             progress_bar=False,
             stdout_file=relay,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns that it listens on localhost
+            # One that is asked to stop may have to end an evaluation and to save before it leaves.
+            config=Config(KernelManager={"shutdown_wait_time": SECONDS_TO_LEAVE}),
         )
     except papermill.PapermillExecutionError as error:
         raise StageError(f"{stage.notebook} stopped: {error.ename}: {error.evalue} (see {copy})") from None

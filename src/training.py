@@ -8,6 +8,7 @@ of memory can simply be taken again in smaller pieces. The price is one synchron
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +90,12 @@ def train(
         while not run.is_over():
             stop_requested = run.take_step(stop)
             bar.show(run.log[-1], run.progress())
+            if not stop_requested:
+                run.save_if_due()  # before an evaluation, which takes long and can be made again
+                stop_requested = run.evaluate_if_due(on_evaluation, stop)
             if stop_requested:
                 run.save()
                 stop.leave(f"stopped after step {run.state.step} and saved: run again to go on")
-            run.evaluate_if_due(on_evaluation)
-            run.save_if_due()
         result = run.finish(on_evaluation)
         if stop.requested:  # too late for a step to see it: what would come next shall not start
             stop.leave(f"finished at step {run.state.step} and saved")
@@ -132,6 +134,7 @@ class TrainingRun:
         """Go on from the newest valid checkpoint, if there is one. Returns whether there was."""
         if (found := self.checkpoints.load_newest(self.model, self.optimizer, self.gradients.scaler)) is not None:
             self.state, self.log = found
+            self.require_best()
             print(f"{'finished already' if self.state.finished else 'resumed'} at step {self.state.step}: {self.checkpoints.folder}")
         elif self.accelerator.is_main_process and (others := self.checkpoints.other_runs()):
             print(
@@ -142,6 +145,12 @@ class TrainingRun:
         self.clock_start = time.monotonic() - self.state.seconds
         self.open_epoch()
         return found is not None
+
+    def require_best(self) -> None:
+        """Where the best weights are lost, those at hand are the best there are: judged anew at once, not found missing at the end."""
+        if self.state.best is not None and (reason := self.checkpoints.best_is_lost()):
+            warnings.warn(f"{reason}: step {self.state.step} is evaluated anew, and better weights from before are lost", stacklevel=2)
+            self.state.best, self.state.evaluated_step, self.state.finished = None, -1, False
 
     def require_one_place(self) -> None:
         """Raises CheckpointError unless all processes stand at one step: weights of two steps would be averaged in silence."""
@@ -195,7 +204,7 @@ class TrainingRun:
         state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
         self.record(
             loss=loss,
-            gradient_norm=norm.item(),
+            gradient_norm=norm.item() if math.isfinite(norm.item()) else None,  # of a step that the scaler skipped: JSON knows no NaN
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=tokens / (time.monotonic() - began),
         )
@@ -224,12 +233,12 @@ class TrainingRun:
         scaler.step(self.optimizer)
         scaler.update()
 
-    def record(self, **values: float) -> None:
+    def record(self, **values: float | None) -> None:
         """Add a record to the log, and to the tracker if there is one."""
         state = self.state
         self.log.append({"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": state.seconds, **values})
         if self.settings.tracker:
-            self.accelerator.log(values, step=state.step)
+            self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=state.step)
 
     def report_non_finite(self, loss: float, norm: float, rows: tuple[int, int]) -> None:
         path = self.checkpoints.folder / "non_finite.json"
@@ -244,18 +253,22 @@ class TrainingRun:
 
     # --- between steps ---
 
-    def evaluate_if_due(self, on_evaluation: Callable[[list[dict]], None] | None, force: bool = False) -> None:
+    def evaluate_if_due(
+        self, on_evaluation: Callable[[list[dict]], None] | None, stop: StopRequest | None = None, force: bool = False
+    ) -> bool:
+        """Returns whether any process was asked to stop in the meantime."""
         state = self.state
-        due = force or state.step % self.settings.evaluate_every == 0
+        due = force or state.step % self.settings.evaluate_every == 0 or state.evaluated_step < 0
         if not due or state.evaluated_step == state.step:
-            return
+            return False
         self.model.eval()
         with torch.no_grad(), self.gradients.autocast(), uncompiled():
             metrics = self.evaluate(self.model)
         state.evaluated_step = state.step
         # The first process decides for all: one that rounds differently must not stop alone.
         own = (metrics[self.monitor], time.monotonic() - self.clock_start) if self.accelerator.is_main_process else (0.0, 0.0)
-        value, state.seconds = self.gradients.sum_over_processes(*own)
+        asked = float(stop is not None and stop.requested)
+        value, state.seconds, stops = self.gradients.sum_over_processes(*own, asked)
         if math.isfinite(value) and (state.best is None or self.sign * (value - state.best) > 0):
             state.best, state.evaluations_without_best = value, 0
             if self.accelerator.is_main_process:
@@ -265,6 +278,7 @@ class TrainingRun:
         self.record(**metrics)
         if on_evaluation is not None and self.accelerator.is_main_process:
             on_evaluation(self.log)
+        return stops > 0
 
     def save_if_due(self) -> None:
         if self.state.step % self.settings.checkpoint_every == 0 and not self.is_over():

@@ -63,7 +63,7 @@ def atomic_folder(target: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
         The temporary sibling to write into.
 
     Raises:
-        ArtifactError: the disk is full; says how much is missing at least.
+        ArtifactError: the disk is full; says how much was written and what is free.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
@@ -109,6 +109,14 @@ def recover(target: Path) -> None:
         previous_of(target).rename(target)
 
 
+def recover_all(parent: Path, names: str) -> None:
+    """`recover` for every target of these names (a glob pattern); what was moved aside for a target that is there goes."""
+    for previous in parent.glob(f".{names}.previous"):
+        target = previous.with_name(previous.name.removeprefix(".").removesuffix(".previous"))
+        recover(target)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
 def remove_abandoned(parent: Path, names: str) -> None:
     """Remove temporary folders for targets of these names (a glob pattern) whose writer no longer lives.
 
@@ -132,7 +140,7 @@ def process_lives(pid: int) -> bool:
 
 def is_disk_full(error: BaseException) -> bool:
     # safetensors reports a full disk in words, without errno.
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def disk_full_message(target: Path, written: int) -> str:

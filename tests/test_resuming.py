@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from src import pipeline
 from src.interruption import INTERRUPTED, TrainingInterrupted
+from src.precision import precision_of
 from src.pretrain import pretrain
 from src.pretraining import model_config, validation_source
 from src.profiles import settings_for
@@ -72,7 +74,7 @@ def result_of(folder):
 @pytest.mark.parametrize(
     "fault",
     [
-        ("between two steps", 1), ("between two steps", 9), ("between two steps", 11), ("in a step, before the weights change", 14),
+        ("between two steps", 1), ("between two steps", 9), ("between two steps", 11), ("in a step, before the weights change", 14), ("between two micro-batches of a step", 18),
         ("while a checkpoint is written", 1), ("while a checkpoint is written", 5), ("before a checkpoint is put in place", 4),
         ("at an evaluation", 2), ("after the last checkpoint", 1),
     ],
@@ -113,6 +115,32 @@ def test_a_finished_run_does_nothing(tmp_path, capsys):
         assert torch.equal(one, other)
 
 
+def test_best_weights_that_are_lost_are_replaced_at_once(tmp_path):
+    """Found missing when the run is over, they would stop every later run, hours too late and with no cure."""
+    first = tiny_run.run(tmp_path)
+    shutil.rmtree(first.folder / "best")
+    with pytest.warns(UserWarning, match="best has no manifest.json: step 24 is evaluated anew"):
+        again = tiny_run.run(tmp_path)
+    assert again.best["step"] == 24
+    assert tiny_run.run(tmp_path).best["step"] == 24
+
+
+def test_a_step_that_was_moved_aside_comes_back(tmp_path, capsys):
+    """Killed between two renames, a run would begin at step 0 with a whole checkpoint beside it."""
+    folder = tiny_run.run(tmp_path, checkpoint_every=1_000).folder
+    (step,) = folder.glob("step-*")
+    step.rename(folder / f".{step.name}.previous")
+    tiny_run.run(tmp_path, checkpoint_every=1_000)
+    assert "finished already at step 24" in capsys.readouterr().out
+    assert not list(folder.glob(".*"))
+
+
+def test_a_number_format_that_is_named_is_the_same_run(tmp_path):
+    """Named after a disconnect, so that another device keeps to it, it would begin the run anew on the same one."""
+    precision = precision_of(replace(tiny_run.SETTINGS, precision="auto"))
+    assert tiny_run.run(tmp_path, max_steps=2, precision="auto").folder == tiny_run.run(tmp_path, max_steps=2, precision=precision).folder
+
+
 def test_another_run_never_resumes_from_this_one(tmp_path, capsys):
     """Changed settings, data or starting weights make another run; mixing them up resumes into nonsense."""
     folders = {tiny_run.run(tmp_path, max_steps=2).folder, tiny_run.run(tmp_path, max_steps=2, learning_rate=0.01).folder}
@@ -122,7 +150,7 @@ def test_another_run_never_resumes_from_this_one(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "resumed" not in printed
     assert printed.count("a new run: run-") == 3  # hours that seem lost are told of
-    assert tiny_run.run(tmp_path, max_steps=2, rows_per_micro_batch=4).folder in folders  # this one changes no result
+    assert tiny_run.run(tmp_path, max_steps=2, rows_per_micro_batch=4).folder in folders  # memory may leave no choice
 
 
 def test_a_setting_of_the_model_makes_another_run(monkeypatch):
@@ -206,4 +234,20 @@ def test_asked_to_stop_saves_and_leaves(tmp_path, uninterrupted, monkeypatch, nu
     assert signal.getsignal(number) == handler
     (folder,) = tmp_path.glob("run-*")
     assert (folder / "step-00000008").exists()
+    assert tiny_run.digests(tiny_run.run(tmp_path)) == uninterrupted
+
+
+def test_asked_to_stop_in_an_evaluation_it_takes_no_more_steps(tmp_path, uninterrupted):
+    """An evaluation takes long already, and what starts a notebook waits for it only so long."""
+    evaluate, calls = tiny_run.evaluator(), []
+
+    def told(model):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model)
+
+    with pytest.raises(SystemExit):
+        tiny_run.run(tmp_path, evaluate=told)
+    assert max(path.name for path in tmp_path.glob("run-*/step-*")) == "step-00000012"
     assert tiny_run.digests(tiny_run.run(tmp_path)) == uninterrupted

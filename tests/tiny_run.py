@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from src import checkpoints, training, verified_folders
 from src.checkpoints import LOG, OPTIMIZER, WEIGHTS, Checkpoints
 from src.config import ModelSettings, PretrainingSettings
+from src.gradients import StepGradients
 from src.pretraining import model_config, new_model
 from src.pretraining_batches import PretrainingBatches
 from src.tokenizer import TokenizedDocuments
@@ -139,6 +140,7 @@ def main():
 
 FAULTS = {
     "between two steps": (training.TrainingRun, "take_step"),
+    "between two micro-batches of a step": (StepGradients, "_pass"),
     "in a step, before the weights change": (training.TrainingRun, "update_weights"),
     "while a checkpoint is written": (checkpoints, "save_tensors"),
     "before a checkpoint is put in place": (verified_folders, "publish"),
