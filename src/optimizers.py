@@ -1,8 +1,8 @@
 """Optimizer recipes and learning-rate schedules, by name.
 
 T5's embedding starts two orders of magnitude larger than its projections, so one absolute rate is too small for the one or too
-large for the others and training stalls. Every recipe but plain `adamw`, in 32 bit or 8, therefore makes steps relative to the size (RMS) of the
-parameter. `adafactor_t5` is the recipe of the T5 paper, kept to compare with.
+large for the others and training stalls. Every recipe but plain `adamw`, in 32 bit or 8, therefore makes steps relative to the size
+(RMS) of the parameter. `adafactor_t5` is the recipe of the T5 paper, kept to compare with.
 
 Ours are relative to the size at the start. Relative to the size of the moment, as Adafactor's are, weights have no size to settle at: at
 high rates they grow exponentially without decay, and shrink away with it, until residual branches no longer count beside the embedding.

@@ -74,7 +74,8 @@ def result_of(folder):
 @pytest.mark.parametrize(
     "fault",
     [
-        ("between two steps", 1), ("between two steps", 9), ("between two steps", 11), ("in a step, before the weights change", 14), ("between two micro-batches of a step", 18),
+        ("between two steps", 1), ("between two steps", 9), ("between two steps", 11),
+        ("between two micro-batches of a step", 18), ("in a step, before the weights change", 14),
         ("while a checkpoint is written", 1), ("while a checkpoint is written", 5), ("before a checkpoint is put in place", 4),
         ("at an evaluation", 2), ("after the last checkpoint", 1),
     ],
