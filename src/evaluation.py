@@ -191,6 +191,8 @@ def evaluate_predictions(
         for fold in predictions["fold"].unique():
             judged = (predictions["fold"] == fold).to_numpy()
             others = validation[~validation["text_id"].isin(predictions.loc[judged, "text_id"])]
+            if others.empty:
+                raise EvaluationError(f"model {metrics['model']}: every validation row is judged in fold {fold}: hold other rows out")
             scaled[judged] = scale_temperature(probabilities[judged], fit_temperature(*columns_of(others)))
         metrics |= {"temperature": fit_temperature(*columns_of(validation)), "ece_scaled": expected_calibration_error(scaled, labels)}
     return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}

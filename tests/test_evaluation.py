@@ -110,6 +110,7 @@ def test_temperature_repairs_overconfidence_and_keeps_the_order():
     )
     rng = np.random.default_rng(3)
     honest_validation, honest_test = judged(rng, 4_000), judged(rng, 4_000)
+    honest_validation["text_id"] = "held-out-" + honest_validation["text_id"]
     overconfident = []
     for frame in (honest_validation, honest_test):
         probabilities = evaluation.scale_temperature(frame[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), 1 / 3)
