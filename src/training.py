@@ -92,7 +92,7 @@ def train(
             bar.show(run.log[-1], run.progress())
             if not stop_requested:
                 run.save_if_due()  # before an evaluation, which takes long and can be made again
-                stop_requested = run.evaluate_if_due(on_evaluation, stop)
+                stop_requested = run.evaluate_if_due(on_evaluation, stop) and not run.is_over()
             if stop_requested:
                 run.save()
                 stop.leave(f"stopped after step {run.state.step} and saved: run again to go on")

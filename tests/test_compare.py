@@ -341,7 +341,7 @@ def test_errors_come_before_any_training(run, monkeypatch):
         run("--seeds", "0.5")
     for fractions, message in (
         ("5", "5 is not a share of the labels: 0.05 is 5 %"),
-        ("1,0", "0 is not a share"),
+        ("1,0", "not positive numbers"),
         ("0.001", "too small a share"),
     ):
         with pytest.raises(compare.ComparisonError, match=message):
