@@ -37,6 +37,16 @@ TITLES = {
     "pretrained_mini": "`mini`",
     "pretrained_mini_labelled": "`mini_labelled`",
     "pretrained_mini_further": "`mini_further`",
+    "results/mini": "`mini`",
+    "mini_labelled": "`mini_labelled`",
+    "mini_further": "`mini_further`",
+    "from_the_first_step": "labels from the first step on",
+    "twitter_accuracy": "tweets, accuracy",
+    "twitter_macro_f1": "tweets, macro-F1",
+    "phrasebank_accuracy": "PhraseBank, accuracy",
+    "phrasebank_macro_f1": "PhraseBank, macro-F1",
+    "twitter_accuracy,_text_to_text": "tweets, accuracy, text to text",
+    "twitter_macro_f1,_text_to_text": "tweets, macro-F1, text to text",
     "decoding": "with AMX",
     "decoding_without_amx": "without AMX",
     "finetuning": "bf16",
@@ -98,13 +108,13 @@ def scalars_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def cases_table(result: Mapping[str, Any]) -> list[str]:
-    """One row a measure and one column a case, for measures such as `{"quarter": 1.2, "half": 2.3}` that share their cases."""
+    """One row a measure and one column a case, for measures such as `{"quarter": 1.2, "half": 2.3}` that share cases."""
     plain = {k: v for k, v in result.items() if isinstance(v, Mapping) and all(isinstance(x, int | float) for x in v.values())}
-    shared = [(k, v) for k, v in plain.items() if sum(v.keys() == other.keys() for other in plain.values()) > 1]
+    shared = [(k, v) for k, v in plain.items() if sum(not v.keys().isdisjoint(other) for other in plain.values()) > 1]
     if not shared:
         return []
-    cases = list(shared[0][1])
-    rows = [f"| {words(key)} | {' | '.join(number(values[case]) for case in cases)} |" for key, values in shared]
+    cases = list(dict.fromkeys(case for _, values in shared for case in values))
+    rows = [f"| {words(key)} | {' | '.join(number(v[case]) if case in v else ABSENT for case in cases)} |" for key, v in shared]
     return ["", f"| | {' | '.join(words(case) for case in cases)} |", "|---|" + "---:|" * len(cases), *rows]
 
 

@@ -123,7 +123,8 @@ def intervals_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
         axes.margins(x=0.05, y=0.12)
         left, right = axes.get_xlim()
         axes.set_xlim(left, right + 0.14 * (right - left))  # room for the rightmost number
-    panels[0].set_yticks(range(len(ordered)), [result["model"] for result in ordered])
+        axes.locator_params(axis="x", nbins=5)
+    panels[0].set_yticks(range(len(ordered)), [result["model"].replace("+", " +\n") for result in ordered])
     handles, kinds = panels[0].get_legend_handles_labels()
     entries = dict(zip(kinds[::-1], handles[::-1], strict=True))  # one for each kind, the best first
     figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), frameon=False, fontsize=9)
