@@ -95,10 +95,11 @@ def scores_by(name: str, parts: Iterable[tuple[int, pd.DataFrame]]) -> list[dict
 
 def write_report(report: Mapping[str, Any], output: Path | None) -> None:
     """The table on standard output; JSON and pictures where asked for."""
-    print(f"\n{'model':<28}{'accuracy':>9}{'macro-F1':>10}  95 % of macro-F1")
+    width = 2 + max(len(model["name"]) for model in report["models"])
+    print(f"\n{'model':<{width}}{'accuracy':>9}{'macro-F1':>10}  95 % of macro-F1")
     for model in sorted(report["models"], key=lambda model: -model["macro_f1"]):
         low, high = model["macro_f1_ci95"]
-        print(f"{model['name']:<28}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}  {low:.3f} to {high:.3f}")
+        print(f"{model['name']:<{width}}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}  {low:.3f} to {high:.3f}")
     if output is None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)

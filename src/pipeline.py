@@ -207,9 +207,10 @@ def print_summary(settings: Settings, rows: list[dict[str, Any]]) -> None:
     if rows[-1]["stage"] is not STAGES[-1]:
         return
     models = json.loads((folder / "text_to_text" / "comparison.json").read_text(encoding="utf-8"))["models"]
-    print(f"\n{'model':<28}{'accuracy':>9}{'macro-F1':>10}")
-    for model in models:
-        print(f"{model['name']:<28}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}")
+    width = 2 + max(len(model["name"]) for model in models)
+    print(f"\n{'model':<{width}}{'accuracy':>9}{'macro-F1':>10}")
+    for model in sorted(models, key=lambda model: -model["macro_f1"]):
+        print(f"{model['name']:<{width}}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}")
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
