@@ -28,12 +28,6 @@ TITLES = {
     "phrasebank_50agree": "PhraseBank, all",
     "phrasebank_allagree": "PhraseBank, all agree",
     "twitter": "tweets",
-    "mini_phrasebank_50agree": "PhraseBank, all",
-    "mini_phrasebank_allagree": "PhraseBank, all agree",
-    "mini_twitter": "tweets",
-    "small_phrasebank_50agree": "PhraseBank, all",
-    "small_phrasebank_allagree": "PhraseBank, all agree",
-    "small_twitter": "tweets",
     "pretrained_mini": "`mini`",
     "pretrained_mini_labelled": "`mini_labelled`",
     "pretrained_mini_further": "`mini_further`",
@@ -89,8 +83,9 @@ def number(value: Any) -> str:
 
 def words(key: str) -> str:
     """`minutes_to_4_5` is "minutes to 4.5"."""
-    if key in TITLES:
-        return TITLES[key]
+    for name in (key, re.sub(r"^(mini|small)_", "", key)):  # a set is called alike from whichever model
+        if name in TITLES:
+            return TITLES[name]
     return re.sub(r"(?<=\d)_(?=\d)", ".", key).replace("_", " ")
 
 

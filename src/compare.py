@@ -20,7 +20,7 @@ import pandas as pd
 
 from src.artifacts import data_digest, open_artifact, published_command
 from src.baselines import BASELINES
-from src.comparison_report import joint, members_of, report_of, write_report
+from src.comparison_report import joint, report_of, write_report
 from src.config import TrainingSettings
 from src.cross_validation import (
     CONTESTANTS,
@@ -36,7 +36,7 @@ from src.cross_validation import (
     rows_digest,
 )
 from src.environment import installed_versions, machine
-from src.evaluation import averaged, evaluate_predictions
+from src.evaluation import averaged, evaluate_predictions, members_of
 from src.finetuning import MODEL_NAMES
 from src.finetuning_dataset import check_published_classes, groups_of
 from src.precision import precision_of

@@ -15,15 +15,10 @@ import pandas as pd
 from src.baselines import BASELINES
 from src.cross_validation import METHODS, Finished, Split
 from src.display.evaluation import intervals_figure, label_efficiency_figure
-from src.evaluation import COSTS, averaged, compare_models, evaluate_predictions, scores_without
+from src.evaluation import COSTS, averaged, compare_models, evaluate_predictions, members_of, scores_without
 
 # What every fine-tuned model is compared with, beside its own adapters.
 REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_random_init")
-
-
-def members_of(model: str) -> list[str]:
-    """The models that one is the average of; itself where it is none."""
-    return model.split("+")
 
 
 def joint(model: str, finished: Mapping[str, Sequence[Finished]]) -> list[Finished]:

@@ -46,8 +46,7 @@ class Pieces:
         self.letters = [piece.removeprefix(WORD_START).lower() for piece in pieces]
         self.starts_word = np.array([piece.startswith(WORD_START) for piece in pieces])
         self.is_word = np.array([letters.isalpha() for letters in self.letters])
-        self.is_letter = self.is_word & np.array([len(letters) == 1 for letters in self.letters])
-        self.is_shortened = self.is_letter | np.array([letters in ABBREVIATIONS for letters in self.letters])
+        self.is_shortened = self.is_word & np.array([len(letters) == 1 or letters in ABBREVIATIONS for letters in self.letters])
         self.ends_sentence = np.array([letters.rstrip('"') in SENTENCE_ENDS for letters in self.letters])
         self.may_begin = self.is_word & np.array([may_begin_listed_word(letters) for letters in self.letters])
         self.kind = np.array([kind_of(letters) for letters in self.letters], dtype=np.int8)

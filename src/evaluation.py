@@ -48,6 +48,11 @@ def predictions_frame(
     return frame.assign(fold=fold, model=model)
 
 
+def members_of(model: str) -> list[str]:
+    """The models that one is the average of, by its name `a+b`; itself where it is none."""
+    return model.split("+")
+
+
 def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Predictions of several seeds or models on the same rows as one: probabilities averaged, the most probable label chosen.
 

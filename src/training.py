@@ -200,11 +200,12 @@ class TrainingRun:
             self.gradients.prepare(self.epoch, *self.rows_of(state.step_in_epoch + 1))
         clock = time.monotonic() - self.clock_start if self.accelerator.is_main_process else 0.0
         loss, tokens, stops, state.seconds = self.gradients.sum_over_processes(loss.item(), tokens, float(stop.requested), clock)
-        self.update_weights(loss, norm.item(), rows)
+        norm = norm.item()
+        self.update_weights(loss, norm, rows)
         state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
         self.record(
             loss=loss,
-            gradient_norm=norm.item() if math.isfinite(norm.item()) else None,  # of a step that the scaler skipped: JSON knows no NaN
+            gradient_norm=norm if math.isfinite(norm) else None,  # of a step that the scaler skipped: JSON knows no NaN
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=tokens / (time.monotonic() - began),
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.baselines import BASELINES
 from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
-from src.evaluation import COSTS, columns_of, reliability_bins, scale_temperature
+from src.evaluation import COSTS, columns_of, members_of, reliability_bins, scale_temperature
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
@@ -27,7 +27,7 @@ FEWEST_TEXTS = 5  # in a bin of the reliability diagram: the accuracy of fewer s
 
 def colour_of(model: str) -> str:
     """By kind; an average has the colour of the most that it holds."""
-    kinds = {MUTED if member in BASELINES else INK if "random_init" in member else ACCENT for member in model.split("+")}
+    kinds = {MUTED if member in BASELINES else INK if "random_init" in member else ACCENT for member in members_of(model)}
     return next(kind for kind in (ACCENT, INK, MUTED) if kind in kinds)
 
 
