@@ -33,10 +33,11 @@ def chunked_attention(
     bias = None if bias is None else bias[0].to(q.dtype)
     chunks = _chunks(heads, *query.shape[:2], key.shape[1])
     for part, q_part, k_part, v_part, kept_part in _split(chunks, q, k.mT, v, kept if keep else None):
+        weights = q.new_empty((len(q_part), q.shape[1], k.shape[1])) if kept_part is None else kept_part
         terms = None if bias is None else bias[part.heads], None if mask is None else _of_rows(mask, part.rows)
-        scores = _scores(q_part, k_part, *terms)
-        weights = torch.empty_like(scores) if kept_part is None else kept_part
-        torch.ops.aten._softmax.out(scores, -1, False, out=weights)  # torch.softmax(out=) would make it elsewhere and copy
+        _write_scores(weights, q_part, k_part, *terms)
+        # In place, for a second buffer would push the first out of the cache; torch.softmax(out=) would make it elsewhere and copy.
+        torch.ops.aten._softmax.out(weights, -1, False, out=weights)
         _write_product(context, part, _drop_(weights, rate) if rate else weights, v_part, heads)
     by_head = (q, k, v) if keep else (states.new_empty(0) for states in (q, k, v))
     return context.mul_(1 / (1 - rate)) if rate else context, kept, *by_head
@@ -150,18 +151,19 @@ def _of_rows(mask: Tensor, rows: slice) -> Tensor:
     return (mask if len(mask) == 1 else mask[rows]).transpose(0, 1)
 
 
-def _scores(q: Tensor, transposed_k: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Q K^T, of (heads x rows, length, d_kv) and its transpose, with bias and mask added: (heads x rows, query_length, key_length)."""
+def _write_scores(scores: Tensor, q: Tensor, transposed_k: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    """Q K^T, of (heads x rows, length, d_kv) and its transpose, with bias and mask added, into (heads x rows, query_length, key_length)."""
     if bias is None:
-        scores = torch.bmm(q, transposed_k)
-        return scores if mask is None else scores.unflatten(0, (-1, mask.shape[1])).add_(mask).flatten(0, 1)
-    scores = q.new_empty((len(q), q.shape[1], transposed_k.shape[2]))
+        torch.bmm(q, transposed_k, out=scores)
+        if mask is not None:
+            scores.unflatten(0, (-1, mask.shape[1])).add_(mask)
+        return
     by_head = scores.view(len(bias), -1, *scores.shape[1:])
     if mask is None:
         by_head.copy_(bias[:, None])
     else:  # expanded, because a sum of fewer rows would resize what it is written to
         torch.add(bias[:, None].expand_as(by_head), mask, out=by_head)
-    return scores.baddbmm_(q, transposed_k)  # the product adds itself to the bias: one pass less than the other way round
+    scores.baddbmm_(q, transposed_k)  # the product adds itself to the bias: one pass less than the other way round
 
 
 def _add_over_rows(d_bias: Tensor, d_scores: Tensor, part: Chunk) -> None:
