@@ -190,7 +190,7 @@ def test_fused_loss_is_the_plain_loss(monkeypatch, num_items):
     torch.testing.assert_close(frozen, torch.autograd.grad(3 * mean_loss(states @ weight.t(), labels, num_items), states)[0])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_fused_loss_in_16_bits(monkeypatch, dtype, tolerance):
     """Breaks when float16 loses what is small in a large batch, or the gradient scaler's factor, which is more than it holds; and when
     a part of the products of bf16 goes to another's place."""
