@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from src.attention import plain_attention, position_bias, split_heads
+from src.attention import position_bias, split_heads
 from src.slim_attention import CacheError, StateWeights, attend_to_keys, attend_to_states
 
 BLOCK = 32  # tokens
@@ -79,7 +79,7 @@ class KeyValueLayer:
         keys = None if bias is None else bias.shape[-1]
         key = self.key.append(split_heads(attention.k(states), attention.num_heads), keys)
         value = self.value.append(split_heads(attention.v(states), attention.num_heads), keys)
-        return plain_attention(query, key, value, bias, mask)
+        return attend(query, key, value, bias, mask)
 
     def buffers(self) -> list[Buffer]:
         return [self.key, self.value]
@@ -121,7 +121,7 @@ class CrossKeyValueLayer(KeyValueLayer):
         if self.key.data is None:
             self.key.capacity = self.value.capacity = states.shape[1]
             return super().attend(attention, query, states, bias, mask)
-        return plain_attention(query, self.key.view(), self.value.view(), bias, mask)
+        return attend(query, self.key.view(), self.value.view(), bias, mask)
 
 
 class SharedEncoderLayer:
@@ -149,6 +149,14 @@ class SharedEncoderOutput:
         if self.source is not states:
             self.source, self.data = states, states.to(dtype).contiguous()
         return self.data
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """softmax(Q K^T + bias + mask) V, (batch, heads, length, d_kv), by the framework's fused kernel: saves a tenth of a step.
+
+    Over X it is slower than the products one by one (`attend_to_states`): all heads are then rows of one, which one core works on.
+    """
+    return nn.functional.scaled_dot_product_attention(query, key, value, masked(bias, mask, query.dtype), scale=1.0)
 
 
 def masked(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
