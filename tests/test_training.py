@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.gradients import step_seed
 from src.interruption import TrainingInterrupted
@@ -189,6 +190,15 @@ def test_sixteen_bit_formats_learn(tmp_path, precision):
     losses = [record["loss"] for record in result.log if "loss" in record]
     assert losses[-1] < losses[0] - 0.2
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+
+
+def test_a_tracker_is_told_what_the_log_holds(tmp_path):
+    """Breaks when a value, or the step that it belongs to, does not reach TensorBoard."""
+    run = tiny_run.run(tmp_path, tracker="tensorboard", max_steps=6)
+    events = EventAccumulator(str(run.folder)).Reload()
+    for name in ("loss", "gradient_norm", "learning_rate", "validation_loss"):
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(record["step"], pytest.approx(record[name])) for record in run.log if name in record]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
