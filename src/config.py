@@ -191,7 +191,8 @@ class FinetuningSettings(TrainingSettings):
         super().__post_init__()
         require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
         require(self.full_learning_rate > 0, "full_learning_rate must be positive")
-        for name in ("inputs_length", "targets_length", "lora_rank"):
+        require(self.inputs_length >= 16, "inputs_length must be at least 16: the prefix of text to text and some words")
+        for name in ("targets_length", "lora_rank"):
             require(getattr(self, name) > 0, f"{name} must be positive")
         require(self.full_max_epochs is None or self.full_max_epochs > 0, "full_max_epochs must be positive")
         require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")

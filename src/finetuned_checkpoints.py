@@ -7,6 +7,7 @@ that checkpoint's digest. `merged_model` makes one ordinary 16-bit model of both
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from src.qlora import load_adapter, merge_to_16_bit, save_adapter
 from src.tokenizer import load_tokenizer
 
 INFERENCE_FILE = "inference.json"  # what prediction has to know of a saved model
+SAVED_SETTINGS = ("pooling", "inputs_length", "targets_length", "precision")
 
 
 class FinetuningError(ValueError):
@@ -97,7 +99,7 @@ def save_finetuned(
         save_adapter(model, folder, base_folder)
     tokenizer.save_pretrained(folder)
     about = {"task": task, "method": settings.method, "temperature": temperature, "cleaning": cleaning}
-    about |= {key: getattr(settings, key) for key in ("pooling", "inputs_length", "targets_length", "precision")}
+    about |= {key: getattr(settings, key) for key in SAVED_SETTINGS}
     # On a device that decides the precision otherwise, the base would round otherwise, and quantise to other levels.
     about["frozen_dtype"] = str(frozen_dtype(settings)).removeprefix("torch.")
     (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
@@ -108,6 +110,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not (folder / INFERENCE_FILE).is_file():
         raise FinetuningError(f"{folder / INFERENCE_FILE} is missing: it is not a fine-tuned model, run the fine-tuning notebook")
     return json.loads((folder / INFERENCE_FILE).read_text(encoding="utf-8"))
+
+
+def as_saved(settings: FinetuningSettings, about: dict[str, Any]) -> FinetuningSettings:
+    """The settings with those in the place of its own that a saved model was fine-tuned with and depends on."""
+    return replace(settings, **{key: about[key] for key in SAVED_SETTINGS})
 
 
 def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, dict]:
@@ -124,6 +131,7 @@ def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings
     if about["method"] == "full":
         model = load_full(about["task"], folder)
     else:
+        settings = as_saved(settings, about)
         base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))
         model = load_adapter(base, folder, base_folder, precision_dtype(settings))
     return model.eval(), load_tokenizer(folder), about
@@ -135,6 +143,7 @@ def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings,
     if about["method"] == "full":
         model = load_full(about["task"], folder).to(torch.bfloat16)
     else:
+        settings = as_saved(settings, about)
         base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))  # what was quantised in training
         model = merge_to_16_bit(base, folder, base_folder, compute_dtype=precision_dtype(settings))
     with quiet_transformers():

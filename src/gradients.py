@@ -172,6 +172,6 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU, torch raises a plain RuntimeError with words that depend on the system.
-    words = ("can't allocate memory", "not enough memory")
+    # Not all of them have a type of their own: on a CPU the words depend on the system, on a GPU on the library that asked.
+    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in words)

@@ -25,7 +25,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list
 
     Cuts fall between words, and inside a word only where a single one is too long.
     """
-    if len(tokenizer(text)["input_ids"]) <= longest:
+    if len(encode([text], tokenizer)[0]) <= longest:
         return [text]
     words = text.split()
     if len(words) > 1:

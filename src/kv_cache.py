@@ -240,4 +240,8 @@ class T5Cache(Cache):
     def reset(self) -> None:
         for buffer in self.buffers():
             buffer.length, buffer.data = 0, None
+        for layer in (*self.layers, *self.cross_layers):
+            if hasattr(layer, "weights"):
+                layer.weights = None
+        self._by_distance = None
         self.encoder_output.source = self.encoder_output.data = None

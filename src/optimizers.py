@@ -160,9 +160,13 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
             return PagedAdamW8bit(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2
             optimizer = Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
-            optimizer.param_groups[0]["lr"] = 1e-2  # to show: with a relative step it sets its own rate
             return optimizer
     raise AssertionError(f"{settings.optimizer} is one of OPTIMIZERS and has no recipe here")
+
+
+def relative_rate(step: int) -> float:
+    """The rate of `adafactor_t5` at step `step` (0, 1, ...). It takes that by itself; this is for the log."""
+    return min(1e-2, (step + 1) ** -0.5)
 
 
 def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: float) -> float:

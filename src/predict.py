@@ -7,7 +7,7 @@ Reads what the fine-tuning notebooks saved. All three probabilities are given, a
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from src.artifacts import open_artifact
 from src.cleaning import clean_sentence
 from src.config import FinetuningSettings
 from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
-from src.finetuned_checkpoints import load_finetuned, read_about
+from src.finetuned_checkpoints import as_saved, load_finetuned
 from src.inference import class_probabilities, label_likelihoods
 from src.labels import LABELS
 from src.profiles import PROFILES, settings_for
@@ -58,11 +58,9 @@ class Classifier:
     @classmethod
     def from_folders(cls, folder: Path, base_folder: Path, settings: FinetuningSettings) -> "Classifier":
         """Load from a folder that `save_finetuned` wrote and the checkpoint that it was fine-tuned from."""
-        about = read_about(folder)
-        settings = replace(settings, **{key: about[key] for key in ("pooling", "inputs_length", "targets_length", "precision")})
         model, tokenizer, about = load_finetuned(folder, base_folder, settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(about["task"], model.to(device), tokenizer, settings, about["temperature"], about["cleaning"])
+        return cls(about["task"], model.to(device), tokenizer, as_saved(settings, about), about["temperature"], about["cleaning"])
 
     def classify(self, texts: Sequence[str], batch_size: int = 1_000) -> pd.DataFrame:
         """One row a text: `text`, `prediction` (a label's name), `p_bearish`, `p_neutral`, `p_bullish`.

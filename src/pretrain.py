@@ -67,8 +67,10 @@ def run(settings: Settings) -> TrainingResult:
 
 
 def print_evaluation(log: Sequence[Mapping[str, Any]]) -> None:
-    scores = ", ".join(f"{key.removeprefix('validation_')} {value:.3f}" for key, value in log[-1].items() if key.startswith("validation_"))
-    print(f"\nstep {log[-1]['step']}: validation {scores}", flush=True)
+    last = next(record for record in reversed(log) if "validation_loss" in record)  # a checkpoint is older than its step's evaluation
+    scores = {key.removeprefix("validation_"): value for key, value in last.items() if key.startswith("validation_")}
+    shown = (f"{name} {'not finite' if value is None else f'{value:.3f}'}" for name, value in scores.items())
+    print(f"\nstep {last['step']}: validation {', '.join(shown)}", flush=True)
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ class StateWeights:
     @classmethod
     def of(cls, attention: nn.Module, dtype: torch.dtype) -> "StateWeights":
         key, value = (per_head(effective_weight(p, dtype), attention.num_heads) for p in (attention.k, attention.v))
-        return cls(key.contiguous(), value.mT.contiguous())
+        return cls(key, value.mT)  # views: a copy of W_V would cost a short text what the slim cache saves
 
 
 def attend_to_states(query: Tensor, states: Tensor, weights: StateWeights, bias: Tensor | None) -> Tensor:

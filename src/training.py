@@ -25,7 +25,7 @@ from src.config import TrainingSettings
 from src.environment import keep_freed_memory
 from src.gradients import StepGradients, TrainingError
 from src.interruption import StopRequest
-from src.optimizers import build_optimizer, learning_rate_factor
+from src.optimizers import build_optimizer, learning_rate_factor, relative_rate
 from src.training_bar import TrainingBar
 
 MOST_STEPS_SKIPPED = 20  # in a row, by the fp16 gradient scaler, before it counts as divergence
@@ -125,6 +125,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(model, settings)
         self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.state, self.log = TrainingState(), []
+        self.was_finished = False
         if settings.tracker:
             self.accelerator.init_trackers(self.checkpoints.folder.name)
 
@@ -150,6 +151,7 @@ class TrainingRun:
         """Where the best weights are lost, those at hand are the best there are: judged anew at once, not found missing at the end."""
         if self.state.best is not None and (reason := self.checkpoints.best_is_lost()):
             warnings.warn(f"{reason}: step {self.state.step} is evaluated anew, and better weights from before are lost", stacklevel=2)
+            self.was_finished = self.state.finished
             self.state.best, self.state.evaluated_step, self.state.finished = None, -1, False
 
     def require_one_place(self) -> None:
@@ -180,7 +182,8 @@ class TrainingRun:
 
     def is_over(self) -> bool:
         patience = self.settings.early_stop_evaluations
-        return self.state.finished or self.progress() >= 1 or bool(patience and self.state.evaluations_without_best >= patience)
+        stopped_early = bool(patience and self.state.evaluations_without_best >= patience)
+        return self.state.finished or self.was_finished or self.progress() >= 1 or stopped_early
 
     # --- one step ---
 
@@ -205,7 +208,7 @@ class TrainingRun:
         state.step, state.step_in_epoch, state.tokens = state.step + 1, state.step_in_epoch + 1, state.tokens + int(tokens)
         self.record(
             loss=loss,
-            gradient_norm=norm if math.isfinite(norm) else None,  # of a step that the scaler skipped: JSON knows no NaN
+            gradient_norm=norm,  # not finite in a step that the scaler skipped
             learning_rate=self.optimizer.param_groups[0]["lr"],
             tokens_per_second=tokens / (time.monotonic() - began),
         )
@@ -217,7 +220,7 @@ class TrainingRun:
     def set_learning_rate(self) -> None:
         factor = learning_rate_factor(self.settings.schedule, self.state.step, self.settings.warmup_steps, self.progress())
         for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
-            group["lr"] = rate if group.get("relative_step") else rate * factor
+            group["lr"] = relative_rate(self.state.step) if group.get("relative_step") else rate * factor
 
     def update_weights(self, loss: float, norm: float, rows: tuple[int, int]) -> None:
         """The optimizer's step, unless loss or gradient is not finite.
@@ -235,8 +238,9 @@ class TrainingRun:
         scaler.update()
 
     def record(self, **values: float | None) -> None:
-        """Add a record to the log, and to the tracker if there is one."""
+        """Add a record to the log, and to the tracker if there is one. What is not finite becomes None: JSON knows no NaN."""
         state = self.state
+        values = {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}
         self.log.append({"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": state.seconds, **values})
         if self.settings.tracker:
             self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=state.step)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def previous_of(target: Path) -> Path:
 def recover(target: Path) -> None:
     """Bring the old folder back if a writer was killed after moving it aside and before the new one took its place."""
     if not target.exists() and previous_of(target).exists():
-        previous_of(target).rename(target)
+        with suppress(FileNotFoundError):  # another process of this run was first
+            previous_of(target).rename(target)
 
 
 def recover_all(parent: Path, names: str) -> None:

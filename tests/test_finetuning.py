@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, T5Config
 
 from src import finetuned_checkpoints, finetuning, inference
+from src.collators import encode
 from src.config import FinetuningSettings
 from src.evaluation import NO_LABEL, PREDICTION_COLUMNS, PROBABILITY_COLUMNS
 from src.finetuned_checkpoints import FinetuningError
@@ -98,6 +99,24 @@ def test_exported_model_is_stock_and_says_the_same(base, tmp_path, method):
     assert type(stock).__module__.startswith("transformers.")
     written = inference.generate_labels(stock, tuned.tokenizer, SPLITS["test"]["text"].tolist(), chosen)
     assert inference.label_ids_of(written).tolist() == tuned.generated["prediction"].tolist()
+
+
+def test_an_exported_classifier_is_stock_and_says_the_same(base, tmp_path):
+    """Breaks when today's settings, in place of those it was trained with, decide where the exported head reads, or that is not where
+    stock T5 does."""
+    chosen = settings("qlora", pooling="decoder_eos", max_steps=40)
+    tuned = finetuning.finetune("classification", base, SPLITS, chosen, tmp_path / "checkpoints")
+    (tmp_path / "saved").mkdir()
+    finetuned_checkpoints.save_finetuned(tmp_path / "saved", base, tuned.model, tuned.tokenizer, "classification", chosen, 1.0, "default")
+    finetuned_checkpoints.export_merged(tmp_path / "saved", base, settings("qlora"), tmp_path / "merged")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert type(stock).__module__.startswith("transformers.")
+    texts = SPLITS["test"]["text"].tolist()
+    with torch.no_grad():
+        found = stock(**tuned.tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1).numpy()
+    expected = inference.class_probabilities(tuned.model, tuned.tokenizer, texts, chosen)
+    assert np.ptp(expected, axis=0).min() > 0.05  # something was learned that could be lost
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_an_adapter_is_merged_onto_the_weights_that_it_was_trained_on(base, tmp_path):
@@ -198,7 +217,10 @@ def test_long_texts_are_cut_into_windows_that_lose_nothing(base):
     parts = inference.windows(long, tokenizer, 64)
     assert len(parts) > 5
     assert " ".join(parts).split() == long.split()
-    assert max(len(tokenizer(part)["input_ids"]) for part in parts) <= 64
+    assert (
+        max(len(ids) for part in (*parts, *inference.windows("<extra_id_0> " * 60, tokenizer, 64)) for ids in encode([part], tokenizer))
+        <= 64
+    )
     expected = inference.class_probabilities(model, tokenizer, parts, settings()).mean(0)
     found = inference.class_probabilities(model, tokenizer, [long, "Acme won"], settings())
     assert np.allclose(found[0], expected, atol=1e-6)

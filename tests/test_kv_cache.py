@@ -177,6 +177,27 @@ def test_16_bit_errors_are_those_of_the_standard_cache():
     assert all(error < 2 * errors["kv"] for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("kind", ["kv", "x+e"])
+def test_a_cache_that_is_reset_knows_nothing(kind):
+    """Breaks when rearranged weights outlive those of the model, which may have been trained on since."""
+    _, model = pair()
+    ids, mask = prompts(3)
+    cache, token = model.new_cache(kind), torch.full((3, 1), 5)
+
+    def second_step(cache):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # in which rearranged weights are copies
+            return [model(ids, attention_mask=mask, decoder_input_ids=token, past_key_values=cache).logits for _ in range(2)][1]
+
+    before = second_step(cache)
+    with torch.no_grad():
+        for parameter in model.decoder.block.parameters():
+            parameter.mul_(1.5)
+    cache.reset()
+    after = second_step(cache)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, second_step(model.new_cache(kind)))
+
+
 def test_bytes_are_those_of_the_arithmetic():
     """Breaks when a slim cache stores more than it says, or appending reallocates: sizes follow from the shapes."""
     _, model = pair(layers=6)

@@ -358,12 +358,24 @@ def test_a_batch_without_a_label_has_no_loss(training):
         assert model(input_ids=torch.tensor([[3, 1]]), **nothing).loss.item() == 0
 
 
+def test_a_table_with_more_rows_takes_their_ids():
+    """The stacks have configs of their own, which `resize_token_embeddings` does not change."""
+    model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).eval()
+    model.resize_token_embeddings(150, mean_resizing=False)
+    assert model(input_ids=torch.tensor([[130, 1]]), labels=torch.tensor([[149]])).logits.shape == (1, 1, 150)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    with pytest.raises(ModelError, match="id 110 but the model's vocabulary has 100"):
+        model.generate(torch.tensor([[110, 1]]))
+
+
 def test_bad_input_is_refused_in_one_line(tmp_path):
     """Breaks when a user gets a stack trace from inside torch in place of what to change."""
     model = T5ForConditionalGeneration(config_of(V10, SIZES[0])).eval()
     _, _, row = packed_row()
     with pytest.raises(ModelError, match="use the tokenizer saved with the checkpoint"):
         model(input_ids=torch.tensor([[120]]), labels=torch.tensor([[1]]))
+    with pytest.raises(ModelError, match="input_ids are not given, or empty"):
+        model(input_ids=torch.zeros(1, 0, dtype=torch.long), labels=torch.tensor([[1]]))
     with pytest.raises(ModelError, match="pass labels to train"):
         model(input_ids=torch.tensor([[3]]))
     with pytest.raises(SegmentError, match="one segment id per token"):

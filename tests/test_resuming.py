@@ -126,6 +126,18 @@ def test_best_weights_that_are_lost_are_replaced_at_once(tmp_path):
     assert tiny_run.run(tmp_path).best["step"] == 24
 
 
+def test_a_run_that_stopped_early_stays_so_when_its_best_weights_are_lost(tmp_path):
+    """Evaluated anew, it has its patience back: it would train on to the end of its budget."""
+    options = {"early_stop_evaluations": 1, "learning_rate": 1e-9, "evaluate_every": 2, "evaluate": lambda model: {"validation_loss": 1.0}}
+    first = tiny_run.run(tmp_path, **options)
+    assert first.state.step == 4
+    shutil.rmtree(first.folder / "best")
+    with pytest.warns(UserWarning, match="step 4 is evaluated anew"):
+        again = tiny_run.run(tmp_path, **options)
+    assert again.state.step == again.best["step"] == 4
+    assert tiny_run.run(tmp_path, **options).state.step == 4
+
+
 def test_a_step_that_was_moved_aside_comes_back(tmp_path, capsys):
     """Killed between two renames, a run would begin at step 0 with a whole checkpoint beside it."""
     folder = tiny_run.run(tmp_path, checkpoint_every=1_000).folder

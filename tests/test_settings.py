@@ -45,6 +45,7 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"pretraining.inputs_length": 0}, "pretraining.inputs_length must be positive"),
         ({"classification.optimizer": "sgd"}, "optimizer 'sgd' is unknown: choose one of adamw"),
         ({"classification.full_optimizer": "sgd"}, "full_optimizer 'sgd' is unknown"),
+        ({"classification.inputs_length": 4}, "inputs_length must be at least 16"),
         ({"classification.lora_rank": 0}, "lora_rank must be positive"),
         ({"labelled.max_documents": 0}, "labelled.max_documents must be positive"),
         (

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.optimization import Adafactor
 
 from src.gradients import step_seed
 from src.interruption import TrainingInterrupted
-from src.optimizers import learning_rate_factor
+from src.optimizers import learning_rate_factor, relative_rate
 from src.training import TrainingError
 from tests import tiny_run
 
@@ -176,6 +177,9 @@ def test_schedule_by_integers():
     assert learning_rate_factor("inverse_sqrt", 400, 100, 0.0) == 0.5
     assert learning_rate_factor("cosine", 10, 0, 0.0) == 1.0
     assert learning_rate_factor("cosine", 10, 0, 1.0) == pytest.approx(0.02)
+    group = {"relative_step": True, "warmup_init": False, "scale_parameter": False, "lr": None}
+    for step in (0, 5_000, 39_999):
+        assert relative_rate(step) == Adafactor._get_lr(group, {"step": step + 1})
 
 
 def test_step_seeds_differ():
