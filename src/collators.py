@@ -5,6 +5,7 @@ function of (seed, epoch, position). So a run can stop anywhere and go on exactl
 processes can share an epoch without talking to each other. The price is that texts are corrupted again each time they are read.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +67,14 @@ class PackedEpoch:
 
 
 def encode(texts: Sequence[str], tokenizer: Any, longest: int | None = None) -> list[np.ndarray]:
-    """Token ids of each text with eos, int64; with `longest`, a longer text loses its end but not its eos."""
+    """Token ids of each text with eos, int64; with `longest`, a longer text loses its end but not its eos, and a warning counts them."""
     if not len(texts):
         raise PackingError("there are no texts to pack: the dataset is empty")
     encoded = encode_texts(tokenizer, texts, add_eos=True)
-    if longest is not None:
+    if longest is not None and (cut := sum(len(ids) > longest for ids in encoded)):
+        warnings.warn(
+            f"{cut:,} of {len(texts):,} texts are longer than {longest} tokens and lose their end: raise inputs_length", stacklevel=2
+        )
         encoded = [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in encoded]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 

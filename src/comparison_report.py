@@ -15,7 +15,7 @@ import pandas as pd
 from src.baselines import BASELINES
 from src.cross_validation import METHODS, Finished, Split
 from src.display.evaluation import intervals_figure, label_efficiency_figure
-from src.evaluation import COSTS, averaged, compare_models, evaluate_predictions, members_of, scores_without
+from src.evaluation import averaged, compare_models, evaluate_predictions, joint_costs, members_of, scores_without
 
 # What every fine-tuned model is compared with, beside its own adapters.
 REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_random_init")
@@ -24,17 +24,16 @@ REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_r
 def joint(model: str, finished: Mapping[str, Sequence[Finished]]) -> list[Finished]:
     """The average of a model's members, fold by fold and seed by seed; a baseline, which has one seed, is beside every seed of the others.
 
-    It has a temperature if all members held out rows for one. They train one after another: it needs the memory of the largest.
+    It has a temperature if all members held out rows for one.
     """
     members = [finished[member] for member in members_of(model)]
     results = []
     for lead in max(members, key=len):
         parts = [beside(lead, member) for member in members]
         validation = [part.validation for part in parts if part.validation is not None]
-        costs = {key: [part.costs[key] for part in parts if key in part.costs] for key in COSTS}
-        costs = {key: max(values) if key == "mebibytes" else sum(values) for key, values in costs.items() if values}
         test = averaged([part.test for part in parts]).assign(model=model)
         held_out = averaged(validation).assign(model=model) if len(validation) == len(parts) else None
+        costs = joint_costs([part.costs for part in parts])
         results.append(Finished(replace(lead.job, model=model, learning_rate=None), test, held_out, None, costs))
     return results
 

@@ -5,7 +5,7 @@ in a table were made differently. The trade-off: intervals come from resampling 
 sure the score of *these* trained models is, and nothing about training them again with another seed or on other folds.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,12 @@ NO_LABEL = -1  # the prediction of a generator whose output is none of the label
 SCORES = ("accuracy", "macro_f1", "mcc")
 # What a fine-tuned model's `costs` hold, as tables name it: millions of parameters, and memory of weights, gradients, optimizer state.
 COSTS = {"parameters": "parameters, M", "trainable": "trained, M", "seconds": "training, s", "mebibytes": "memory, MiB"}
+
+
+def joint_costs(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What several models cost together: trained one after another, so they need the memory of the largest. Baselines cost nothing."""
+    known = {key: [each[key] for each in costs if key in each] for key in COSTS}
+    return {key: max(values) if key == "mebibytes" else sum(values) for key, values in known.items() if values}
 
 
 class EvaluationError(ValueError):

@@ -1,8 +1,9 @@
 """The training loop of stages 3, 4 and 5, on `accelerate`: one process or many, one number format or another, never lost.
 
 A step is a pure function of (weights, optimizer state, step number): batches come from a stateless source and random numbers are seeded
-from the step's number. So a resumed run repeats the uninterrupted one bit for bit (float32 on CPU), and a step that ran out
-of memory can simply be taken again in smaller pieces. The price is one synchronisation with the device per step.
+from the step's number. So a resumed run repeats the uninterrupted one bit for bit (float32 on CPU; not with a budget in minutes, for
+then the learning rate follows the clock), and a step that ran out of memory can simply be taken again in smaller pieces. The price is
+one synchronisation with the device per step.
 """
 
 import json

@@ -271,6 +271,12 @@ def test_what_cannot_be_fine_tuned_is_said_in_one_line(base, tmp_path):
     two = {**SPLITS, "train": SPLITS["train"][SPLITS["train"]["label"] != 1]}
     with pytest.raises(FinetuningError, match="hold no neutral text"):
         finetuning.finetune("classification", base, two, settings(), tmp_path)
+    smaller = T5ForConditionalGeneration.from_pretrained(base)
+    smaller.resize_token_embeddings(200, mean_resizing=False)
+    smaller.save_pretrained(tmp_path / "smaller")
+    finetuned_checkpoints.load_tokenizer(base).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(FinetuningError, match=r"tokenizer knows 500 tokens, its model 200: they are of two checkpoints"):
+        finetuning.finetune("classification", tmp_path / "smaller", SPLITS, settings(), tmp_path)
     with pytest.raises(FinetuningError, match="not a checkpoint"):
         finetuned_checkpoints.load_base("classification", tmp_path, settings())
     with pytest.raises(FinetuningError, match="not a fine-tuned model"):

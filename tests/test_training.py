@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.optimization import Adafactor
 
-from src.gradients import step_seed
+from src.gradients import StepGradients, step_seed
 from src.interruption import TrainingInterrupted
 from src.optimizers import learning_rate_factor, relative_rate
 from src.training import TrainingError
@@ -180,6 +181,17 @@ def test_schedule_by_integers():
     group = {"relative_step": True, "warmup_init": False, "scale_parameter": False, "lr": None}
     for step in (0, 5_000, 39_999):
         assert relative_rate(step) == Adafactor._get_lr(group, {"step": step + 1})
+
+
+def test_a_gradient_is_clipped_as_a_whole():
+    """Not clipped, one bad batch throws a run off its course; and what is logged has to be the norm from before."""
+    model = tiny_run.model_with()
+    gradients = StepGradients(model, replace(tiny_run.SETTINGS, max_gradient_norm=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    entries = sum(parameter.numel() for parameter in model.parameters())
+    assert gradients.clip().item() == pytest.approx(entries**0.5)
+    assert torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_step_seeds_differ():
