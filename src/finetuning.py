@@ -127,7 +127,7 @@ def finetune(
     settings, name = settings.with_method(settings.method), name or model_name(task, settings.method, random_init)
     tokenizer = load_tokenizer(base_folder)
     model = prepare_model(task, base_folder, settings, random_init)
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)):
         raise FinetuningError(f"{base_folder}: its tokenizer knows {len(tokenizer)} tokens, its model {rows}: they are of two checkpoints")
     table = parameter_table(model, STATE_BYTES[settings.optimizer])
 

@@ -133,7 +133,7 @@ class T5Stack(T5PreTrainedModel):
         check_options(options)
         if input_ids is None or not input_ids.numel():
             raise ModelError("input_ids are not given, or empty: pass the tokens")
-        check_ids(input_ids, self.embed_tokens.num_embeddings, "decoder_input_ids" if self.config.is_decoder else "input_ids")
+        check_ids(input_ids, len(self.embed_tokens.weight), "decoder_input_ids" if self.config.is_decoder else "input_ids")
         start = 0 if cache is None else cache.get_seq_length()
         length = input_ids.shape[1]
         rate, dtype = self.config.dropout_rate, compute_dtype(self.final_layer_norm.weight)
