@@ -1,7 +1,7 @@
 """Fine-tuned models on disk: adapter and head (or full weights), tokenizer, and what prediction has to know, in one folder.
 
 An adapter does not hold its base: small, but useless without the very checkpoint it was trained on, so the folder carries
-that checkpoint's digest. `merged_model` makes one ordinary 16-bit model of both where that is wanted.
+that checkpoint's digest. `export_merged` makes one ordinary 16-bit model of both where that is wanted.
 """
 
 import json
@@ -117,6 +117,13 @@ def as_saved(settings: FinetuningSettings, about: dict[str, Any]) -> FinetuningS
     return replace(settings, **{key: about[key] for key in SAVED_SETTINGS})
 
 
+def base_as_trained(about: dict[str, Any], base_folder: Path, settings: FinetuningSettings) -> tuple[PreTrainedModel, torch.dtype]:
+    """The base of a saved adapter, in the float type that was quantised or frozen in training, and the type to compute in."""
+    settings = as_saved(settings, about)
+    base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))
+    return base, precision_dtype(settings)
+
+
 def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, dict]:
     """Load what `save_finetuned` wrote: model in eval mode, tokenizer, the content of `inference.json`.
 
@@ -131,9 +138,8 @@ def load_finetuned(folder: Path, base_folder: Path, settings: FinetuningSettings
     if about["method"] == "full":
         model = load_full(about["task"], folder)
     else:
-        settings = as_saved(settings, about)
-        base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))
-        model = load_adapter(base, folder, base_folder, precision_dtype(settings))
+        base, dtype = base_as_trained(about, base_folder, settings)
+        model = load_adapter(base, folder, base_folder, dtype)
     return model.eval(), load_tokenizer(folder), about
 
 
@@ -143,9 +149,8 @@ def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings,
     if about["method"] == "full":
         model = load_full(about["task"], folder).to(torch.bfloat16)
     else:
-        settings = as_saved(settings, about)
-        base = load_base(about["task"], base_folder, settings).to(getattr(torch, about["frozen_dtype"]))  # what was quantised in training
-        model = merge_to_16_bit(base, folder, base_folder, compute_dtype=precision_dtype(settings))
+        base, dtype = base_as_trained(about, base_folder, settings)
+        model = merge_to_16_bit(base, folder, base_folder, compute_dtype=dtype)
     with quiet_transformers():
         model.save_pretrained(target)
     load_tokenizer(folder).save_pretrained(target)

@@ -159,8 +159,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
 
             return PagedAdamW8bit(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         case "adafactor_t5":  # rate min(1e-2, 1 / sqrt(step)) times RMS(parameter), arXiv 1910.10683, section 3.1.2
-            optimizer = Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
-            return optimizer
+            return Adafactor([parameter for _, parameter in trainable], relative_step=True, scale_parameter=True, warmup_init=False)
     raise AssertionError(f"{settings.optimizer} is one of OPTIMIZERS and has no recipe here")
 
 
