@@ -176,7 +176,6 @@ class FinetuningSettings(TrainingSettings):
     optimizer: str = "adamw"  # adapters start at zero: a step relative to their size would not move them
     full_optimizer: str = "adamw_rms_scaled"  # of method full, and of the control from random initialisation
     full_learning_rate: float = 1e-2
-    full_max_epochs: float | None = None  # None: as many as adapters take
     dropout_rate: float = 0.1
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -194,18 +193,14 @@ class FinetuningSettings(TrainingSettings):
         require(self.inputs_length >= 16, "inputs_length must be at least 16: the prefix of text to text and some words")
         for name in ("targets_length", "lora_rank"):
             require(getattr(self, name) > 0, f"{name} must be positive")
-        require(self.full_max_epochs is None or self.full_max_epochs > 0, "full_max_epochs must be positive")
         require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")
         require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")
 
     def with_method(self, method: str) -> "FinetuningSettings":
-        """The same run by another method, with the optimizer, rate and epochs that suit it."""
+        """The same run by another method, with the optimizer and rate that suit it."""
         if method != "full":
             return replace(self, method=method)
-        own = {"optimizer": self.full_optimizer, "learning_rate": self.full_learning_rate}
-        if self.full_max_epochs is not None:  # taken once, so that what comes after, such as more epochs of fewer labels, stays
-            own |= {"max_epochs": self.full_max_epochs, "full_max_epochs": None}
-        return replace(self, method=method, **own)
+        return replace(self, method=method, optimizer=self.full_optimizer, learning_rate=self.full_learning_rate)
 
     def for_random_start(self) -> "FinetuningSettings":
         """The same run of all weights from random ones, at one rate: a lower one for embeddings saves only what pre-training taught."""

@@ -50,8 +50,8 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-# Both ways of fine-tuning `mini` and `small`. The head has no targets; adapters learn the words of the labels slowly.
-CLASSIFICATION = FinetuningSettings(
+# Both ways of fine-tuning `mini` and `small`; the head has no targets.
+FINETUNING = FinetuningSettings(
     learning_rate=1e-3,
     other_rate=0.3,
     inputs_length=128,  # long enough for nearly any sentence; attention over longer rows costs more
@@ -62,7 +62,6 @@ CLASSIFICATION = FinetuningSettings(
     warmup_steps=20,
     evaluate_every=100,
 )
-TEXT_TO_TEXT = replace(CLASSIFICATION, max_epochs=10, full_max_epochs=5)
 
 PROFILES = {
     # Finishes on two CPU cores within minutes: it shows the way, not the quality.
@@ -122,8 +121,8 @@ PROFILES = {
             checkpoint_every=250,
             compile=True,
         ),
-        classification=CLASSIFICATION,
-        text_to_text=TEXT_TO_TEXT,
+        classification=FINETUNING,
+        text_to_text=FINETUNING,
     ),
     # The widths of T5-small; wants a GPU.
     "small": Settings(
@@ -137,8 +136,8 @@ PROFILES = {
             checkpoint_every=500,
             compile=True,
         ),
-        classification=CLASSIFICATION,
-        text_to_text=TEXT_TO_TEXT,
+        classification=FINETUNING,
+        text_to_text=FINETUNING,
     ),
 }
 
