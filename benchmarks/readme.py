@@ -136,6 +136,19 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def details_table(models: list[Mapping[str, Any]]) -> list[str]:
+    """What only a model that gives probabilities or writes has: calibration, free generation; and scores by length of the text."""
+    rows = []
+    for model in sorted(models, key=lambda model: -model["macro_f1"]):
+        if "temperature" in model and "by_length" in model:
+            written = number(mean(run["accuracy"] for run in model["generated"])) if "generated" in model else ""
+            calibrated = [number(model[key]) for key in ("ece", "ece_scaled", "temperature")]
+            lengths = [f"{number(group['macro_f1'])} ({group['words']})" for group in model["by_length"]]
+            rows.append(f"| {' | '.join([model['name'], *calibrated, written, ', '.join(lengths)])} |")
+    titles = ("model", "ECE", "ECE, scaled", "temperature", "accuracy as written", "macro-F1 by words in the text")
+    return ["", f"| {' | '.join(titles)} |", "|---|---:|---:|---:|---:|---|", *rows] if rows else []
+
+
 def comparisons_table(records: Mapping[str, Mapping[str, Any]], summary: bool = False) -> list[str]:
     """One column a comparison: scores of the models, and the paired differences between them; "–" where one was not judged.
 
@@ -183,7 +196,11 @@ def table(names: str, summary: bool = False) -> str:
         return "\n".join([*scalars_table({name: record["result"] for name, record in records.items()}), "", "\n\n".join(named), ""])
     (record,) = records.values()
     result = record.get("result", record)
-    lines = models_table(result["models"]) if "models" in result else scalars_table({names: result}) + cases_table(result)
+    lines = (
+        models_table(result["models"]) + details_table(result["models"])
+        if "models" in result
+        else scalars_table({names: result}) + cases_table(result)
+    )
     return "\n".join([*lines, "", *origins, ""])
 
 

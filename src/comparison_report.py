@@ -14,7 +14,8 @@ import pandas as pd
 
 from src.baselines import BASELINES
 from src.cross_validation import METHODS, Finished, Split
-from src.display.evaluation import intervals_figure, label_efficiency_figure
+from src.display.evaluation import best_of_each_kind, intervals_figure, label_efficiency_figure, length_figure, reliability_figure
+from src.error_analysis import macro_f1_by_length
 from src.evaluation import averaged, compare_models, evaluate_predictions, joint_costs, members_of, scores_without
 
 # What every fine-tuned model is compared with, beside its own adapters.
@@ -49,11 +50,13 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
     predictions = {model: averaged([result.test for result in results]) for model, results in finished.items()}
     overlap = {text_id for split in splits for text_id in split.test.loc[split.test["overlap"], "text_id"]}
     draw_of = {split.fold: split.draw for split in splits}
+    texts = pd.concat([split.test for split in splits]).drop_duplicates("text_id")
     models = []
     for model, results in finished.items():
         validation = [result.validation for result in results if result.validation is not None]
         entry = {"name": model, **evaluate_predictions(predictions[model], averaged(validation) if validation else None)}
         entry |= {key: float(np.mean([result.costs[key] for result in results])) for key in results[0].costs}
+        entry["by_length"] = macro_f1_by_length(predictions[model], texts).to_dict("records")
         seeds = [result.job.seed for result in results]
         entry["runs"] = scores_by("seed", zip(seeds, (result.test for result in results), strict=True))
         if any(result.generated is not None for result in results):
@@ -91,14 +94,19 @@ def write_report(report: Mapping[str, Any], output: Path | None) -> None:
     """The table on standard output; JSON and pictures where asked for."""
     width = 2 + max(len(model["name"]) for model in report["models"])
     print(f"\n{'model':<{width}}{'accuracy':>9}{'macro-F1':>10}  95 % of macro-F1")
-    for model in sorted(report["models"], key=lambda model: -model["macro_f1"]):
+    ranked = sorted(report["models"], key=lambda model: -model["macro_f1"])
+    for model in ranked:
         low, high = model["macro_f1_ci95"]
         print(f"{model['name']:<{width}}{model['accuracy']:>9.3f}{model['macro_f1']:>10.3f}  {low:.3f} to {high:.3f}")
     if output is None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    intervals_figure(report["models"]).savefig(output.with_suffix(".png"), dpi=120)
+    by_length = {model["name"]: pd.DataFrame(model["by_length"]) for model in best_of_each_kind(ranked)}
+    figures = {"": intervals_figure(ranked), "_by_length": length_figure(by_length)}
+    if calibrated := [model for model in ranked if "temperature" in model]:
+        figures["_reliability"] = reliability_figure(calibrated[0])
     if report.get("fractions"):
-        figure = label_efficiency_figure(pd.DataFrame(report["fractions"]))
-        figure.savefig(output.with_name(output.stem + "_label_efficiency.png"), dpi=120)
+        figures["_label_efficiency"] = label_efficiency_figure(pd.DataFrame(report["fractions"]))
+    for suffix, figure in figures.items():
+        figure.savefig(output.with_name(f"{output.stem}{suffix}.png"), dpi=120)

@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
-from scipy.special import softmax
 from scipy.stats import binomtest
 
+from src.calibration import expected_calibration_error, fit_temperature, reliability_bins, scale_temperature
 from src.labels import LABELS
 
 PROBABILITY_COLUMNS = tuple(f"p_{label}" for label in LABELS)
@@ -180,7 +179,8 @@ def evaluate_predictions(
 
     Returns:
         JSON-ready: `rows` (texts), `accuracy`, `macro_f1`, `mcc`, each with `<score>_ci95`; `per_class`; `confusion` (3 x 4, last
-        column: no label); `invalid_rate`; `ece`; with `validation` also `temperature` and `ece_scaled`; `folds`.
+        column: no label); `invalid_rate`; `ece` and its `reliability` bins; with `validation` also `temperature`, `ece_scaled` and
+        `reliability_scaled`; `folds`.
     """
     check_predictions(predictions)
     cells = confusion_cells(predictions)
@@ -195,7 +195,7 @@ def evaluate_predictions(
     metrics |= {name: float(scores[name]) for name in SCORES} | {f"{name}_ci95": interval(samples[name]) for name in SCORES}
     metrics |= {"per_class": per_class, "confusion": confusion.astype(int).tolist()}
     metrics |= {"invalid_rate": float((predictions["prediction"] == NO_LABEL).mean())}
-    metrics |= {"ece": expected_calibration_error(probabilities, labels)}
+    metrics |= calibration(probabilities, labels)
     if validation is not None:
         check_predictions(validation)
         scaled = np.empty_like(probabilities)
@@ -205,8 +205,14 @@ def evaluate_predictions(
             if others.empty:
                 raise EvaluationError(f"model {metrics['model']}: every validation row is judged in fold {fold}: hold other rows out")
             scaled[judged] = scale_temperature(probabilities[judged], fit_temperature(*columns_of(others)))
-        metrics |= {"temperature": fit_temperature(*columns_of(validation)), "ece_scaled": expected_calibration_error(scaled, labels)}
+        metrics |= {"temperature": fit_temperature(*columns_of(validation))} | calibration(scaled, labels, "_scaled")
     return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray, suffix: str = "") -> dict[str, object]:
+    """`ece` and, for the diagram, the bins that it comes from."""
+    bins = reliability_bins(probabilities, labels)
+    return {f"ece{suffix}": expected_calibration_error(bins), f"reliability{suffix}": bins.to_dict("records")}
 
 
 def columns_of(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -267,60 +273,3 @@ def compare_models(first: pd.DataFrame, second: pd.DataFrame, *, resamples: int 
     mcnemar = float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
     result |= {"bootstrap_p": float(min(1.0, 2 * tail)), "mcnemar_p": mcnemar}
     return result | {"only_first_right": only_first, "only_second_right": only_second}
-
-
-def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> pd.DataFrame:
-    """Confidence against accuracy in bins of equal width: columns `confidence`, `accuracy`, `rows` of the bins that hold any."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    frame = pd.DataFrame({"bin": index, "confidence": confidence, "accuracy": right.astype(float), "rows": 1})
-    return frame.groupby("bin").agg({"confidence": "mean", "accuracy": "mean", "rows": "sum"}).reset_index(drop=True)
-
-
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Mean gap between confidence and accuracy, weighted by rows (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
-    table = reliability_bins(probabilities, labels, bins)
-    return float(((table["confidence"] - table["accuracy"]).abs() * table["rows"]).sum() / table["rows"].sum())
-
-
-def scale_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities (rows, 3) of logits divided by a temperature: the order of the labels stays."""
-    return softmax(np.log(np.clip(probabilities, 1e-12, None)) / temperature, axis=1)
-
-
-def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature in 0.05..20 that makes validation labels most likely (arXiv 1706.04599, section 4.2)."""
-
-    def loss(log_temperature: float) -> float:
-        scaled = scale_temperature(probabilities, np.exp(log_temperature))
-        return -float(np.log(np.clip(scaled[np.arange(len(labels)), labels], 1e-12, None)).mean())
-
-    return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
-
-
-def worst_errors(predictions: pd.DataFrame, rows: pd.DataFrame, count: int = 10) -> pd.DataFrame:
-    """The most confident mistakes: `text`, `label`, `prediction`, `confidence`; `rows` brings `text_id` and `text`."""
-    wrong = predictions[predictions["prediction"] != predictions["label"]].copy()
-    wrong["confidence"] = wrong[list(PROBABILITY_COLUMNS)].max(axis=1)
-    wrong = wrong.sort_values("confidence", ascending=False).head(count).merge(rows[["text_id", "text"]], on="text_id")
-    names = dict(enumerate(LABELS)) | {NO_LABEL: "(no label)"}
-    wrong["label"], wrong["prediction"] = wrong["label"].map(names), wrong["prediction"].map(names)
-    return wrong[["text", "label", "prediction", "confidence"]]
-
-
-def macro_f1_by_length(predictions: pd.DataFrame, rows: pd.DataFrame, quantiles: int = 4) -> pd.DataFrame:
-    """Accuracy and macro-F1 in groups of equal size by number of words: `words` (range), `rows`, `accuracy`, `macro_f1`.
-
-    The mean is over the classes that a group holds: with another one counted as 0 a group would look worse than it is.
-    """
-    frame = predictions.merge(rows[["text_id", "text"]], on="text_id")
-    frame["words"] = frame["text"].str.split().str.len()
-    table = []
-    ranges = pd.qcut(frame["words"], quantiles, duplicates="drop") if frame["words"].nunique() > 1 else frame["words"]
-    for _, group in frame.groupby(ranges, observed=True):
-        confusion = confusion_cells(group).sum(0).reshape(3, 4)
-        scores = scores_from_confusion(confusion)
-        f1 = scores["f1"][confusion.sum(1) > 0].mean()
-        words = "-".join(str(words) for words in sorted({group["words"].min(), group["words"].max()}))
-        table.append({"words": words, "rows": len(group), "accuracy": float(scores["accuracy"]), "macro_f1": float(f1)})
-    return pd.DataFrame(table)

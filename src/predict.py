@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from src.artifacts import open_artifact
+from src.calibration import scale_temperature
 from src.cleaning import clean_sentence
 from src.config import FinetuningSettings
-from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
+from src.evaluation import PROBABILITY_COLUMNS
 from src.finetuned_checkpoints import as_saved, load_finetuned
 from src.inference import class_probabilities, label_likelihoods
 from src.labels import LABELS

@@ -75,14 +75,16 @@ def test_a_finished_job_is_not_run_again(run, monkeypatch):
         run("--set", "classification.precision=auto")
 
 
-def test_folds_are_drawn_several_times(run, monkeypatch):
+def test_folds_are_drawn_several_times(run, tmp_path, monkeypatch):
     """One draw is luck: over several, each text must be judged once in each, and a draw run alone must be the same draw."""
-    report = run("--split-seeds", "0,2", "--models", "tfidf_svm,pretrained_head")
+    report = run("--split-seeds", "0,2", "--models", "tfidf_svm,pretrained_head", "--output", str(tmp_path / "drawn.json"))
+    assert {path.name for path in tmp_path.glob("drawn*.png")} == {"drawn.png", "drawn_by_length.png", "drawn_reliability.png"}
     assert (report["folds"], report["split_seeds"]) == (4, [0, 2])
     for entry in report["models"]:
         assert [fold["fold"] for fold in entry["folds"]] == [0, 1, 4, 5]
         assert np.sum(entry["confusion"]) == sum(fold["rows"] for fold in entry["folds"]) == 2 * entry["rows"] == 2 * report["rows"]
         assert entry["accuracy"] == pytest.approx(np.mean([draw["accuracy"] for draw in entry["draws"]]))
+        assert sum(group["rows"] for group in entry["by_length"]) == 2 * entry["rows"]
     monkeypatch.setattr(cross_validation, "finetune", refuse)
     alone = {draw: run("--split-seeds", draw, "--models", "tfidf_svm,pretrained_head") for draw in ("0", "2")}
     for index, entry in enumerate(report["models"]):

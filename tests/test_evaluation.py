@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as reference
 
-from src import evaluation
+from src import calibration, error_analysis, evaluation
 from src.evaluation import NO_LABEL, EvaluationError, averaged, compare_models, evaluate_predictions, predictions_frame
 from src.labels import LABELS
 
@@ -105,7 +105,7 @@ def test_a_text_judged_in_several_draws_is_one_text():
 
 def test_temperature_repairs_overconfidence_and_keeps_the_order():
     """Temperature scaling fitted wrongly would change labels or leave confidence as wrong as it was."""
-    assert evaluation.scale_temperature(np.array([[0.64, 0.32, 0.04]]), 2).tolist()[0] == pytest.approx(
+    assert calibration.scale_temperature(np.array([[0.64, 0.32, 0.04]]), 2).tolist()[0] == pytest.approx(
         np.sqrt([0.64, 0.32, 0.04]) / 1.5657, rel=1e-3
     )
     rng = np.random.default_rng(3)
@@ -113,20 +113,22 @@ def test_temperature_repairs_overconfidence_and_keeps_the_order():
     honest_validation["text_id"] = "held-out-" + honest_validation["text_id"]
     overconfident = []
     for frame in (honest_validation, honest_test):
-        probabilities = evaluation.scale_temperature(frame[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), 1 / 3)
+        probabilities = calibration.scale_temperature(frame[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), 1 / 3)
         overconfident.append(predictions_frame(frame, probabilities, "overconfident"))
     found = evaluate_predictions(overconfident[1], overconfident[0], resamples=10)
     # The noise that made the logits is Gaussian, not Gumbel, so even the honest model is not at temperature 1 exactly.
-    honest = evaluation.fit_temperature(honest_validation[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), honest_validation["label"])
+    honest = calibration.fit_temperature(honest_validation[list(evaluation.PROBABILITY_COLUMNS)].to_numpy(), honest_validation["label"])
     assert found["temperature"] == pytest.approx(3 * honest, rel=0.02)
     assert found["ece_scaled"] < 0.03 < found["ece"]
+    drawn = [calibration.expected_calibration_error(pd.DataFrame(found[key])) for key in ("reliability", "reliability_scaled")]
+    assert drawn == [found["ece"], found["ece_scaled"]]  # the diagram shows what the number says
     assert (overconfident[1]["prediction"] == honest_test["prediction"]).all()
 
 
 def test_no_text_is_scaled_by_a_temperature_that_knows_its_label(monkeypatch):
     """What one fold holds out another judges: fitted on all of it, the temperature has seen labels of the texts it is judged on."""
     rows = judged(np.random.default_rng(4), 60).assign(fold=np.arange(60) % 2)
-    fit, fitted = evaluation.fit_temperature, []
+    fit, fitted = calibration.fit_temperature, []
     monkeypatch.setattr(evaluation, "fit_temperature", lambda p, labels: fitted.append(len(labels)) or fit(p, labels))
     evaluate_predictions(rows, rows[:20], resamples=2)
     assert fitted == [10, 10, 20]  # each fold without its own, then all, which is what is saved
@@ -136,7 +138,9 @@ def test_no_text_is_scaled_by_a_temperature_that_knows_its_label(monkeypatch):
 def test_calibration_error_by_hand():
     """Four texts at confidence 0.9, half of them right: the gap is 0.4; two at 0.6, one right: 0.1. Weighted by texts: 0.3."""
     probabilities = np.array([[0.9, 0.05, 0.05]] * 4 + [[0.2, 0.6, 0.2]] * 2)
-    assert evaluation.expected_calibration_error(probabilities, np.array([0, 0, 1, 2, 1, 0])) == pytest.approx(0.3)
+    bins = calibration.reliability_bins(probabilities, np.array([0, 0, 1, 2, 1, 0]))
+    assert calibration.expected_calibration_error(bins) == pytest.approx(0.3)
+    assert bins["rows"].tolist() == [2, 4]
 
 
 def test_tables_name_the_texts():
@@ -145,14 +149,14 @@ def test_tables_name_the_texts():
     rows = rows_of(labels).assign(text=["down " * 3, "flat " * 9, "up " * 3, "down " * 9])
     probabilities = np.array([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.95, 0.03, 0.02], [0.6, 0.2, 0.2]])
     predictions = predictions_frame(rows, probabilities, "model")
-    errors = evaluation.worst_errors(predictions, rows)
+    errors = error_analysis.worst_errors(predictions, rows)
     assert errors["text"].tolist() == ["up " * 3, "down " * 3]
     assert errors["prediction"].tolist() == ["bearish", "neutral"]
-    by_length = evaluation.macro_f1_by_length(predictions, rows, quantiles=2)
+    by_length = error_analysis.macro_f1_by_length(predictions, rows, quantiles=2)
     assert by_length["words"].tolist() == ["3", "9"]
     assert by_length["accuracy"].tolist() == [0.0, 1.0]
     assert by_length["macro_f1"].tolist() == [0.0, 1.0]  # over the classes that a group holds
-    same = evaluation.macro_f1_by_length(predictions, rows.assign(text="one two"), quantiles=2)
+    same = error_analysis.macro_f1_by_length(predictions, rows.assign(text="one two"), quantiles=2)
     assert same["words"].tolist() == ["2"]
 
 

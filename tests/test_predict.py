@@ -15,7 +15,8 @@ from transformers import T5Config
 
 from src import finetuned_checkpoints, finetuning, predict
 from src.artifacts import ArtifactError, open_artifact, write_artifact
-from src.evaluation import PROBABILITY_COLUMNS, scale_temperature
+from src.calibration import scale_temperature
+from src.evaluation import PROBABILITY_COLUMNS
 from src.labels import LABELS
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.predict import Classifier, PredictionError

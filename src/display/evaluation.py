@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.baselines import BASELINES
 from src.display.style import ACCENT, INK, MUTED, Table, finished, plain_axes
-from src.evaluation import COSTS, columns_of, members_of, reliability_bins, scale_temperature
+from src.evaluation import COSTS, members_of
 from src.labels import LABELS
 
 LABEL_COLOURS = ("#fecaca", "#e5e7eb", "#bbf7d0")  # bearish, neutral, bullish
@@ -29,6 +29,14 @@ def colour_of(model: str) -> str:
     """By kind; an average has the colour of the most that it holds."""
     kinds = {MUTED if member in BASELINES else INK if "random_init" in member else ACCENT for member in members_of(model)}
     return next(kind for kind in (ACCENT, INK, MUTED) if kind in kinds)
+
+
+def best_of_each_kind(ranked: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Of models, best first, the best of each of `KINDS`: few enough to tell their lines apart."""
+    best: dict[str, Mapping[str, object]] = {}
+    for result in ranked:
+        best.setdefault(colour_of(result["model"]), result)
+    return list(best.values())
 
 
 def packed_sentences(batch: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
@@ -153,24 +161,25 @@ def confusion_figure(metrics: Sequence[Mapping[str, object]]) -> Figure:
     return finished(figure)
 
 
-def reliability_figure(predictions: pd.DataFrame, metrics: Mapping[str, object]) -> Figure:
+def reliability_figure(metrics: Mapping[str, object]) -> Figure:
     """Confidence against accuracy, before and after temperature scaling; on the diagonal, confidence means what it says."""
-    probabilities, labels = columns_of(predictions)
-    panels = [("as trained", probabilities, metrics["ece"])]
+    panels = [("as trained", metrics["reliability"], metrics["ece"])]
     if "temperature" in metrics:
-        scaled = scale_temperature(probabilities, metrics["temperature"])
-        panels.append((f"temperature {metrics['temperature']:.2f}", scaled, metrics["ece_scaled"]))
+        panels.append((f"temperature {metrics['temperature']:.2f}", metrics["reliability_scaled"], metrics["ece_scaled"]))
     figure, axes_row = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.7), sharey=True, squeeze=False)
-    for axes, (name, values, error) in zip(axes_row[0], panels, strict=True):
-        bins = reliability_bins(values, labels).query("rows >= @FEWEST_TEXTS")
+    for axes, (name, records, error) in zip(axes_row[0], panels, strict=True):
+        bins = pd.DataFrame(records)
+        texts = bins["rows"].sum()
+        bins = bins.query("rows >= @FEWEST_TEXTS")
         plain_axes(axes).plot([0.3, 1], [0.3, 1], color=MUTED, linestyle="--", linewidth=1)
         axes.plot(bins["confidence"], bins["accuracy"], color=ACCENT, linewidth=1)
-        areas = 700 * bins["rows"] / len(labels)
+        areas = 700 * bins["rows"] / texts
         axes.scatter(bins["confidence"], bins["accuracy"], s=areas, color=ACCENT, alpha=0.7, linewidth=0, clip_on=False)
         axes.set(xlim=(0.3, 1.03), ylim=(0, 1.05), xlabel="confidence")
         axes.set_title(f"{name}: ECE {error:.3f}", fontsize=10, color=INK)
     axes_row[0][0].set_ylabel("accuracy")
-    figure.suptitle(f"a circle's area is its number of texts, {FEWEST_TEXTS} or more", fontsize=9, color=INK)
+    title = f"{metrics['model']}; a circle's area is its number of texts, {FEWEST_TEXTS} or more"
+    figure.suptitle(title, fontsize=9, color=INK)
     return finished(figure)
 
 
