@@ -85,7 +85,7 @@ def number(value: Any) -> str:
 
 def words(key: str) -> str:
     """`minutes_to_4_5` is "minutes to 4.5"."""
-    for name in (key, re.sub(r"^(mini|small)_", "", key)):  # a set is called alike from whichever model
+    for name in (key, re.sub(r"^(mini|small)(_further)?_", "", key)):  # a set is called alike from whichever model
         if name in TITLES:
             return TITLES[name]
     return re.sub(r"(?<=\d)_(?=\d)", ".", key).replace("_", " ")

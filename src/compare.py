@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
     base = arguments.base or (open_artifact(settings, "pretrained").path if contestants else None)
     if contestants and not (base / "config.json").is_file():
-        raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini")
+        raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini_relabelled")
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
     runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes)

@@ -158,7 +158,7 @@ class PretrainingSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_known = self.initialisation in ("informed", "t5") or "/" in self.initialisation
-        require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, such as results/mini")
+        require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, such as results/mini_relabelled")
         require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
         require(0 <= self.labelled_share < 1, "pretraining.labelled_share must lie in [0, 1)")
         require(not self.labelled_share or self.packing == "best_fit", "pretraining.labelled_share needs pretraining.packing=best_fit")
