@@ -13,7 +13,8 @@ LAYERS = {
     2: "pretraining_dataset finetuning_dataset distant_supervision collators pretraining_batches finetuning_batches t5_layers "
     "t5_stack input_checks modeling_t5 kv_cache slim_attention slim_generation",
     3: "initialisation optimizers compilation cuda_graphs gradients checkpoints interruption training_bar training pretraining "
-    "inspection qlora inference adaptation finetuning finetuned_checkpoints evaluation baselines cross_validation "
+    "inspection qlora inference adaptation finetuning finetuned_checkpoints calibration evaluation error_analysis baselines "
+    "cross_validation "
     "comparison_report display",
     4: "predict pretrain compare pipeline",
 }
