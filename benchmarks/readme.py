@@ -196,11 +196,10 @@ def table(names: str, summary: bool = False) -> str:
         return "\n".join([*scalars_table({name: record["result"] for name, record in records.items()}), "", "\n\n".join(named), ""])
     (record,) = records.values()
     result = record.get("result", record)
-    lines = (
-        models_table(result["models"]) + details_table(result["models"])
-        if "models" in result
-        else scalars_table({names: result}) + cases_table(result)
-    )
+    if "models" in result:
+        lines = models_table(result["models"]) + details_table(result["models"])
+    else:
+        lines = scalars_table({names: result}) + cases_table(result)
     return "\n".join([*lines, "", *origins, ""])
 
 

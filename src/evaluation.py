@@ -195,7 +195,7 @@ def evaluate_predictions(
     metrics |= {name: float(scores[name]) for name in SCORES} | {f"{name}_ci95": interval(samples[name]) for name in SCORES}
     metrics |= {"per_class": per_class, "confusion": confusion.astype(int).tolist()}
     metrics |= {"invalid_rate": float((predictions["prediction"] == NO_LABEL).mean())}
-    metrics |= calibration(probabilities, labels)
+    metrics |= calibration_of(probabilities, labels)
     if validation is not None:
         check_predictions(validation)
         scaled = np.empty_like(probabilities)
@@ -205,11 +205,11 @@ def evaluate_predictions(
             if others.empty:
                 raise EvaluationError(f"model {metrics['model']}: every validation row is judged in fold {fold}: hold other rows out")
             scaled[judged] = scale_temperature(probabilities[judged], fit_temperature(*columns_of(others)))
-        metrics |= {"temperature": fit_temperature(*columns_of(validation))} | calibration(scaled, labels, "_scaled")
+        metrics |= {"temperature": fit_temperature(*columns_of(validation))} | calibration_of(scaled, labels, "_scaled")
     return metrics | {"folds": [fold_scores(fold, rows) for fold, rows in predictions.groupby("fold")]}
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray, suffix: str = "") -> dict[str, object]:
+def calibration_of(probabilities: np.ndarray, labels: np.ndarray, suffix: str = "") -> dict[str, object]:
     """`ece` and, for the diagram, the bins that it comes from."""
     bins = reliability_bins(probabilities, labels)
     return {f"ece{suffix}": expected_calibration_error(bins), f"reliability{suffix}": bins.to_dict("records")}

@@ -13,9 +13,7 @@ from src.kv_cache import CACHE_KINDS, Buffer, CacheError, KeyLayer
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.qlora import quiet_peft
 from src.slim_attention import effective_weight, key_to_value
-
-V10 = {"feed_forward_proj": "relu"}
-V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+from tests.small_t5 import V10, V11
 
 
 def pair(version: dict = V10, num_heads: int = 4, layers: int = 2):

@@ -68,6 +68,14 @@ def test_settings_of_a_command_line_are_written_as_json_or_as_in_python():
     assert list(parse_overrides(pairs).values()) == [None, True, None, 3, "a=b"]
 
 
+def test_a_method_leaves_the_epochs_alone():
+    """Taken again at each step of the way, they would undo what a share of the labels asks for: a curve of undertrained models."""
+    adapters = settings_for("mini").text_to_text
+    full = adapters.with_method("full")
+    assert adapters.with_method("lora").max_epochs == full.max_epochs == adapters.max_epochs
+    assert dataclasses.replace(full, max_epochs=50).with_method("full").max_epochs == 50
+
+
 def test_unknown_profile_and_artifact():
     """The error lists what there is."""
     with pytest.raises(SettingsError, match="sample, mini, small"):
