@@ -66,15 +66,18 @@ class PackedEpoch:
         return index * self.rows, min((index + 1) * self.rows, self.num_rows)
 
 
+class TextsCutWarning(UserWarning):
+    """Texts lose their end because a row is shorter."""
+
+
 def encode(texts: Sequence[str], tokenizer: Any, longest: int | None = None) -> list[np.ndarray]:
     """Token ids of each text with eos, int64; with `longest`, a longer text loses its end but not its eos, and a warning counts them."""
     if not len(texts):
         raise PackingError("there are no texts to pack: the dataset is empty")
     encoded = encode_texts(tokenizer, texts, add_eos=True)
     if longest is not None and (cut := sum(len(ids) > longest for ids in encoded)):
-        warnings.warn(
-            f"{cut:,} of {len(texts):,} texts are longer than {longest} tokens and lose their end: raise inputs_length", stacklevel=2
-        )
+        message = f"{cut:,} of {len(texts):,} texts are longer than {longest} tokens and lose their end: raise inputs_length"
+        warnings.warn(message, TextsCutWarning, stacklevel=2)
         encoded = [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in encoded]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 

@@ -46,7 +46,7 @@ from src.sources import describe_source
 from src.splits import SplitError
 
 DEFAULT_MODELS = "majority,word_list,tfidf_svm,tfidf_word_list_svm,random_init,pretrained_head,pretrained_head_qlora,text_to_text_qlora"
-CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head")
+CURVE_MODELS = ("tfidf_svm", "random_init", "pretrained_head", "text_to_text")
 RATE_FOLDS = 2  # the first folds, whose validation rows choose a learning rate
 
 

@@ -25,6 +25,7 @@ import torch
 from src.adaptation import adapted_checkpoint
 from src.artifacts import code_digest
 from src.baselines import BASELINES
+from src.collators import TextsCutWarning
 from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.finetuning_dataset import drop_conflicts_and_repeats, groups_of, loose_key, read_cleaned, text_ids
@@ -225,16 +226,19 @@ class Runner:
         if job.fraction < 1:  # the curve's scores need no temperature: train on all, as TF-IDF does; at 1 they are those of the table
             train = labelled
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
-        tuned = finetune(
-            contestant.task,
-            self.adapted_base(train, validation) if contestant.adapted else self.base_folder,
-            splits,
-            settings,
-            checkpoints,
-            random_init=contestant.random_init,
-            name=job.model,
-            fold=job.fold,
-        )
+        with warnings.catch_warnings():
+            if job.fold:  # the first has said how many
+                warnings.simplefilter("ignore", TextsCutWarning)
+            tuned = finetune(
+                contestant.task,
+                self.adapted_base(train, validation) if contestant.adapted else self.base_folder,
+                splits,
+                settings,
+                checkpoints,
+                random_init=contestant.random_init,
+                name=job.model,
+                fold=job.fold,
+            )
         return Finished(job, tuned.test, tuned.validation.assign(fold=job.fold), tuned.generated, tuned.costs)
 
     def adapted_base(self, train: pd.DataFrame, validation: pd.DataFrame) -> Path:

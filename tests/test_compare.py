@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import T5Config
 
 from src import compare, comparison_report, cross_validation
+from src.collators import TextsCutWarning
 from src.evaluation import PROBABILITY_COLUMNS, predictions_frame
 from src.modeling_t5 import T5ForConditionalGeneration
 from src.profiles import settings_for
@@ -123,6 +124,12 @@ def test_jobs_side_by_side_are_the_same_jobs(run, tmp_path, monkeypatch, capfd):
     expected = run(*options)["models"]
     for key in ("rows", "accuracy", "macro_f1", "ece"):
         assert [model[key] for model in found] == pytest.approx([model[key] for model in expected], abs=1e-3), key
+
+
+def test_texts_that_lose_their_end_are_told_of_once(run, recwarn):
+    """Said for every fold of every model it would drown what else there is to read."""
+    run("--models", "pretrained_head", "--set", "classification.inputs_length=16")
+    assert len([warning for warning in recwarn if issubclass(warning.category, TextsCutWarning)]) == 1  # of two folds
 
 
 def test_an_interrupted_comparison_goes_on_at_its_fold(run, monkeypatch):
@@ -349,7 +356,7 @@ def test_errors_come_before_any_training(run, monkeypatch):
         with pytest.raises(compare.ComparisonError, match=message):
             run("--fractions", fractions)
     with pytest.raises(compare.ComparisonError, match="draws a curve of tfidf_svm"):
-        run("--fractions", "0.5", "--models", "majority,text_to_text")
+        run("--fractions", "0.5", "--models", "majority,word_list")
     with pytest.raises(SystemExit):
         run("--only-folds", "0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

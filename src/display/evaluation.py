@@ -6,6 +6,7 @@ score of its own, so a picture cannot disagree with a table.
 
 import html
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -235,10 +236,11 @@ def label_efficiency_figure(curve: pd.DataFrame) -> Figure:
     """Macro-F1 against the share of labels used, one line a model: `fraction`, `model`, `macro_f1`, `low`, `high`."""
     figure, axes = plt.subplots(figsize=(6.5, 3.6))
     plain_axes(axes)
-    markers = iter("osD^vPX")
+    markers, lines = iter("osD^vPX"), {kind: cycle(("-", "--", ":")) for kind in KINDS}
     for model, rows in curve.sort_values("fraction").groupby("model", sort=False):
-        axes.fill_between(rows["fraction"], rows["low"], rows["high"], color=colour_of(model), alpha=0.12, linewidth=0)
-        axes.plot(rows["fraction"], rows["macro_f1"], marker=next(markers), color=colour_of(model), label=model)
+        colour = colour_of(model)
+        axes.fill_between(rows["fraction"], rows["low"], rows["high"], color=colour, alpha=0.12, linewidth=0)
+        axes.plot(rows["fraction"], rows["macro_f1"], next(lines[colour]), marker=next(markers), color=colour, label=model)
     axes.set_xscale("log")
     ticks = sorted(curve["fraction"].unique())
     axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
