@@ -9,7 +9,10 @@ same packed validation rows. Reads the `tokenizer` and `pretraining_dataset` art
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -59,6 +62,10 @@ class Contestant:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.source.epoch(0)
 
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def take_slice(self, budget: float) -> None:
         """Train for one slice of the clock, or what is left of `budget` seconds."""
         end = min(self.seconds + SLICE_SECONDS, budget)
@@ -106,72 +113,93 @@ def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCor
     contestant.curve.append(point)
     loss, bits = metrics["validation_loss"], metrics["validation_bits_per_word"]
     print(
-        f"{contestant.name:>9} {point['minutes']:6.2f} min {contestant.steps:6} steps {contestant.tokens:11,} tokens  "
+        f"{contestant.name} {point['minutes']:6.2f} min {contestant.steps:6} steps {contestant.tokens:11,} tokens  "
         f"loss {loss:.3f}  {bits:.2f} bits per word",
         flush=True,
     )
 
 
-def contestants(settings: profiles.Settings, tokenizer, tokenizer_folder, documents) -> list[Contestant]:
-    """Baseline and default, from the same first weights where the default's are T5's; time spent on other ones counts."""
-    default = settings.pretraining
-    baseline = replace(default, optimizer="adafactor_t5", packing="concatenate", labelled_share=0.0)
-    config = model_config(settings.model, tokenizer)
-    model = new_model(config, default.seed)
-    paper = replace(settings.model, feed_forward_proj="relu")
-    ours = new_model(model_config(paper, tokenizer), default.seed)
+@dataclass(frozen=True)
+class Corpus:
+    """What all contestants read."""
+
+    tokenizer: Any
+    tokenizer_folder: Path
+    train: TokenizedDocuments
+    validation: TokenizedDocuments
+
+    @classmethod
+    def of(cls, settings: profiles.Settings) -> "Corpus":
+        tokenizer_folder = open_artifact(settings, "tokenizer").path
+        folder = open_artifact(settings, "pretraining_dataset").path
+        parts = (TokenizedDocuments.load(folder, split) for split in ("train", "validation"))
+        return cls(load_tokenizer(tokenizer_folder), tokenizer_folder, *parts)
+
+
+def paper_recipe(name: str, settings: profiles.Settings, corpus: Corpus) -> Contestant:
+    """Stock T5 of the same size with the paper's optimizer and data, from T5's random weights."""
+    recipe = replace(settings.pretraining, optimizer="adafactor_t5", packing="concatenate", labelled_share=0.0)
+    ours = new_model(model_config(replace(settings.model, feed_forward_proj="relu"), corpus.tokenizer), recipe.seed)
     stock = transformers.T5ForConditionalGeneration(ours.config)
     stock.load_state_dict(ours.state_dict())
-    for each in (model, stock):
-        each.to(DEVICE)
-    if default.compile:
+    return Contestant(name, stock.to(DEVICE), PretrainingBatches(corpus.train, corpus.tokenizer, recipe), recipe)
+
+
+def own_recipe(name: str, settings: profiles.Settings, corpus: Corpus) -> Contestant:
+    """Our T5 by these settings; the time that its first weights take counts."""
+    recipe, config = settings.pretraining, model_config(settings.model, corpus.tokenizer)
+    model = new_model(config, recipe.seed).to(DEVICE)
+    if recipe.compile:
         compile_blocks(model)
     started = time.perf_counter()
-    if initialise := first_weights(config, documents, tokenizer_folder, default):
+    if initialise := first_weights(config, corpus.train, corpus.tokenizer_folder, recipe):
         initialise(model)
     spent = time.perf_counter() - started
-    return [
-        Contestant("baseline", stock, PretrainingBatches(documents, tokenizer, baseline), baseline),
-        Contestant("default", model, training_source(documents, tokenizer, default), default, seconds=spent),
-    ]
+    return Contestant(name, model, training_source(corpus.train, corpus.tokenizer, recipe), recipe, seconds=spent)
+
+
+def take_turns(contestants: Sequence[Contestant], settings: profiles.Settings, corpus: Corpus, options: argparse.Namespace) -> None:
+    """Train each for `options.minutes` of its own clock, in slices, and evaluate all on the same rows, by `settings`."""
+    validation = validation_source(corpus.validation, corpus.tokenizer, settings.pretraining)
+    evaluation = SpanCorruptionEvaluation(validation, corpus.tokenizer, options.validation_rows)
+    budget = options.minutes * 60
+    if late := [each.name for each in contestants if each.seconds >= budget]:
+        raise SystemExit(f"error: finding first weights takes {', '.join(late)} longer than that: give more --minutes")
+    while any(each.seconds < budget for each in contestants):
+        for each in (each for each in contestants if each.seconds < budget):
+            each.take_slice(budget)
+            last = each.curve[-1]["minutes"] if each.curve else 0.0
+            if each.seconds / 60 - last >= options.evaluate_every or each.seconds >= budget:
+                evaluate(each, T5ForConditionalGeneration(each.model.config).to(DEVICE), evaluation)
 
 
 def minutes_to_goal(curve: list[dict]) -> float | None:
     return next((round(point["minutes"], 2) for point in curve if point["validation_loss"] < GOAL), None)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=20.0, help="for each of the two")
+def parse_arguments(description: str, minutes: float) -> tuple[argparse.Namespace, profiles.Settings]:
+    """The command line of a benchmark of recipes, put into effect, and the settings of the default recipe."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=minutes, help="for each recipe")
     profiles.add_settings_options(parser, "mini", "another setting of the default recipe")
     parser.add_argument("--evaluate-every", type=float, default=1.0, help="minutes of training between evaluations")
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     settings = profiles.settings_for(options.profile, profiles.parse_overrides(options.set))
     if precision_dtype(settings.pretraining) == torch.float16:
         raise SystemExit("error: float16 needs a gradient scaler, which is not here: use a device with bf16, or pretraining.precision=fp32")
-    tokenizer_folder = open_artifact(settings, "tokenizer").path
-    tokenizer = load_tokenizer(tokenizer_folder)
-    folder = open_artifact(settings, "pretraining_dataset").path
-    both = contestants(settings, tokenizer, tokenizer_folder, TokenizedDocuments.load(folder, "train"))
-    validation = validation_source(TokenizedDocuments.load(folder, "validation"), tokenizer, settings.pretraining)
-    evaluation = SpanCorruptionEvaluation(validation, tokenizer, options.validation_rows)
-    judges = {each.name: T5ForConditionalGeneration(each.model.config).to(DEVICE) for each in both}
-    budget = options.minutes * 60
-    while any(each.seconds < budget for each in both):
-        for each in (each for each in both if each.seconds < budget):
-            each.take_slice(budget)
-            last = each.curve[-1]["minutes"] if each.curve else 0.0
-            if each.seconds / 60 - last >= options.evaluate_every or each.seconds >= budget:
-                evaluate(each, judges[each.name], evaluation)
+    return options, settings
+
+
+def main() -> None:
+    options, settings = parse_arguments(__doc__, 20.0)
+    corpus = Corpus.of(settings)
+    both = [paper_recipe("baseline", settings, corpus), own_recipe("default", settings, corpus)]
+    take_turns(both, settings, corpus, options)
     print(json.dumps(report(both, options)))
 
 
