@@ -6,9 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from benchmarks import decoding, readme
+from benchmarks import decoding, pretraining_ingredients, readme
 from benchmarks.publish import make_command
+from src.modeling_t5 import T5ForConditionalGeneration
+from src.pretraining import model_config
+from src.profiles import settings_for
+from src.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("page", readme.PAGES)
@@ -103,6 +108,20 @@ def test_decoding_is_compared_with_the_standard_cache_of_the_same_case():
         "faster_than_stock_bf16_batch_1": {"40_to_4": 1.25},
         "faster_than_stock_bf16_batch_8": {"40_to_4": 0.8},
     }
+
+
+def test_shapes_are_compared_at_equal_size():
+    """A deeper or wider model with more weights would win by those."""
+    tokenizer = load_tokenizer(readme.ROOT / "results/mini_relabelled")
+
+    def parameters(change):
+        with torch.device("meta"):
+            model = T5ForConditionalGeneration(model_config(settings_for("mini", change).model, tokenizer))
+        return model.num_parameters()
+
+    expected = parameters({})
+    for name, change in pretraining_ingredients.CHANGES.items():
+        assert parameters(change) == pytest.approx(expected, rel=0.02), name
 
 
 def test_no_result_file_names_a_folder_of_the_machine_it_ran_on():
