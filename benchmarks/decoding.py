@@ -139,7 +139,7 @@ def main() -> None:
         for row in rows:
             cases.append({"source": source, "target": target, "batch": batch, "dtype": dtype, **row})
             print(
-                f"source {source} target {target} batch {batch} {dtype} {row['kind']:>5}: {row['cache_bytes'] / 2**20:9.2f} MB "
+                f"source {source} target {target} batch {batch} {dtype} {row['kind']:>5}: {row['cache_bytes'] / 1e6:9.2f} MB "
                 f"{row['tokens_per_s']:9.1f} tokens/s",
                 flush=True,
             )

@@ -1,7 +1,7 @@
 """Keep a profile's pre-trained model under `results/`: `python -m benchmarks.publish mini [NAME]`, by the profile's name or another.
 
-`results/mini/` is the checkpoint in bf16, half the size, with its log and figures; `results/pretrained_mini.json` says by which command,
-from which data and on which machine it was made. `python -m src.pipeline compare --base results/mini` starts from it.
+`results/NAME/` is the checkpoint in bf16, half the size, with its log and figures; `results/pretrained_NAME.json` says by which command,
+from which data and on which machine it was made. `python -m src.pipeline compare --base results/NAME` starts from it.
 """
 
 import json
@@ -13,6 +13,7 @@ from datetime import date
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from benchmarks.record import RESULTS
 from src.artifacts import ArtifactError, data_digest, open_artifact, published_value
@@ -21,8 +22,6 @@ from src.modeling_t5 import T5ForConditionalGeneration
 from src.pipeline import OPTIONS
 from src.profiles import settings_for
 from src.verified_folders import MANIFEST, atomic_folder
-
-WEIGHTS = "model.safetensors"
 
 
 def make_command(profile: str, overrides: Mapping[str, Any]) -> str:
@@ -59,7 +58,7 @@ def publish(profile: str, name: str) -> dict[str, Any]:
         "result": json.loads((pretrained.path / "metrics.json").read_text(encoding="utf-8")),
     }
     with atomic_folder(RESULTS / name, {"artifact": "pretrained", "inputs": pretrained.manifest["inputs"]}) as folder:
-        shutil.copytree(pretrained.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, WEIGHTS))
+        shutil.copytree(pretrained.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, SAFE_WEIGHTS_NAME))
         T5ForConditionalGeneration.from_pretrained(pretrained.path, dtype=torch.bfloat16).save_pretrained(folder)
     (RESULTS / f"pretrained_{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

@@ -21,6 +21,7 @@ BLOCK = re.compile(r"(<!-- (results|summary) ([\w ]+) -->\n).*?(<!-- end -->)", 
 SUMMARY_BASELINE, CONTROL = "tfidf_word_list_svm", "random_init"
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
 OVERLAP_COLUMNS = {"accuracy": "accuracy without near duplicates of train", "macro_f1": "macro-F1 without near duplicates of train"}
+REPEATED = "accuracy without texts of train"
 # What the command says already, or a column beside it.
 UNSHOWN = ("best_step", "device", "dtype", "labelled", "method", "precision", "profile", "rounds", "threads")
 # What names and keys mean; one that is plain words is shown as those.
@@ -121,10 +122,13 @@ def models_table(models: list[Mapping[str, Any]]) -> list[str]:
         MODEL_COLUMNS
         | {"by draw": "accuracy by draw", "one run": "accuracy of one run"}
         | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()}
+        | {"without repeated": REPEATED}
         | COSTS
     )
     rows = [model | {f"without {key}": value for key, value in model.get("without_overlap", {}).items()} for model in models]
     for row in rows:
+        if "without_repeated" in row:
+            row["without repeated"] = row["without_repeated"]["accuracy"]
         if "draws" in row:
             row["by draw"] = ", ".join(number(draw["accuracy"]) for draw in row["draws"])
         if len(row.get("runs", ())) > 1:
@@ -141,12 +145,13 @@ def details_table(models: list[Mapping[str, Any]]) -> list[str]:
     rows = []
     for model in sorted(models, key=lambda model: -model["macro_f1"]):
         if "temperature" in model and "by_length" in model:
-            written = number(mean(run["accuracy"] for run in model["generated"])) if "generated" in model else ""
+            runs = model.get("generated", ())
+            written = [number(mean(run[key] for run in runs)) if runs else "" for key in ("accuracy", "invalid_rate")]
             calibrated = [number(model[key]) for key in ("ece", "ece_scaled", "temperature")]
             lengths = [f"{number(group['macro_f1'])} ({group['words']})" for group in model["by_length"]]
-            rows.append(f"| {' | '.join([model['name'], *calibrated, written, ', '.join(lengths)])} |")
-    titles = ("model", "ECE", "ECE, scaled", "temperature", "accuracy as written", "macro-F1 by words in the text")
-    return ["", f"| {' | '.join(titles)} |", "|---|---:|---:|---:|---:|---|", *rows] if rows else []
+            rows.append(f"| {' | '.join([model['name'], *calibrated, *written, ', '.join(lengths)])} |")
+    titles = ("model", "ECE", "ECE, scaled", "temperature", "accuracy as written", "not a label", "macro-F1 by words in the text")
+    return ["", f"| {' | '.join(titles)} |", "|---|---:|---:|---:|---:|---:|---|", *rows] if rows else []
 
 
 def comparisons_table(records: Mapping[str, Mapping[str, Any]], summary: bool = False) -> list[str]:

@@ -157,7 +157,7 @@ def serve(kind: str, options: argparse.Namespace) -> None:
                 torch.cuda.reset_peak_memory_stats()
             seconds = seconds_of(step)
             peak = torch.cuda.max_memory_reserved() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(seconds, peak / 2**20, file=answers)
+            print(seconds, peak / 1e6, file=answers)
     except Exception as error:
         if kind in OURS:
             raise

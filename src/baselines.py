@@ -18,7 +18,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 
 from src.evaluation import predictions_frame
-from src.labels import LABEL_IDS, LABELS
+from src.labels import LABEL_IDS, LABELS, require_all_labels
 from src.word_list import polar_word_counts
 
 
@@ -30,11 +30,10 @@ def class_shares(train: pd.DataFrame) -> np.ndarray:
     """Share of each label in the training rows, float64 (3,).
 
     Raises:
-        BaselineError: a class has no training row.
+        LabelError: a class has no training row.
     """
-    counts = np.bincount(train["label"], minlength=len(LABELS))
-    if (counts == 0).any():
-        raise BaselineError(f"the training rows hold no {LABELS[int(counts.argmin())]} text: every class needs at least one")
+    require_all_labels(train["label"])
+    counts = np.bincount(train["label"])
     return counts / counts.sum()
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ def run_digest(model: nn.Module, settings: TrainingSettings, source: Any, run_in
     for key, values in sorted(epoch.batch(0, 1).items()):
         digest.update(key.encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def write_log(folder: Path, log: Iterable[Mapping[str, Any]]) -> None:
+    """The log of a training run beside what it made, one JSON object a line."""
+    (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log), encoding="utf-8")
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,7 +125,7 @@ class Checkpoints:
             save_tensors(weights, folder / WEIGHTS)
             save_tensors(tensors, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps({"state": asdict(state), "optimizer": plain, "scaler": scaler.state_dict()}))
-            (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
+            write_log(folder, log)
         self.damaged = [folder for folder in self.damaged if folder.name != f"step-{state.step:08d}"]  # it is whole again
         for old in [kept for kept in self._all() if kept not in self.damaged][KEPT:]:
             shutil.rmtree(old)

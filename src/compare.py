@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini_relabelled")
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
-    runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes)
+    runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes, splits[0].fold)
     seeds, draws = whole_numbers(arguments.seeds), list(dict.fromkeys(split.draw for split in splits))
     rates = choose_rates(runner, models, splits, seeds[0], multiples)
     plans = [(model, {"learning_rate": rates.get(model, {}).get("learning_rate")}) for model in models]
@@ -131,7 +131,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Split]:
-    """The folds of each draw, numbered on from draw to draw, or the published split, its near duplicates of training rows marked.
+    """The folds of each draw, numbered on from draw to draw, or the published split.
+
+    Its texts are marked: `repeated` where the training rows hold the same text, `overlap` where they hold it or a near duplicate.
 
     Raises:
         ComparisonError: several draws are asked of a published split.
@@ -141,15 +143,16 @@ def splits_of(arguments: argparse.Namespace, settings: Settings) -> Iterator[Spl
         for draw in draws:
             for fold, (rest, test) in enumerate(folds_of(rows, arguments.folds, draw)):
                 if arguments.only_folds is None or fold < arguments.only_folds:
-                    yield Split(draw, draw * arguments.folds + fold, rest, test.assign(overlap=False))
+                    yield Split(draw, draw * arguments.folds + fold, rest, test.assign(overlap=False, repeated=False))
         return
     if len(draws) > 1:
         raise ComparisonError("a published split has no folds to draw: give one of --split-seeds, or several --seeds")
     test = labelled_rows(arguments.validation, settings.labelled, published=True)
     check_published_classes(test)
     groups = groups_of(pd.concat([rows["text"], test["text"]]), settings.labelled)
-    seen = np.isin(groups[len(rows) :], groups[: len(rows)]) | test["key"].isin(set(rows["key"]))
-    yield Split(draws[0], draws[0], rows, test.assign(overlap=seen))
+    repeated = test["key"].isin(set(rows["key"]))
+    overlap = repeated | np.isin(groups[len(rows) :], groups[: len(rows)])
+    yield Split(draws[0], draws[0], rows, test.assign(overlap=overlap, repeated=repeated))
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 
 from src.baselines import BASELINES
-from src.cross_validation import METHODS, Finished, Split
+from src.config import METHODS
+from src.cross_validation import Finished, Split
 from src.display.evaluation import best_of_each_kind, intervals_figure, label_efficiency_figure, length_figure, reliability_figure
 from src.error_analysis import macro_f1_by_length
 from src.evaluation import averaged, compare_models, evaluate_predictions, joint_costs, members_of, scores_without
 
 # What every fine-tuned model is compared with, beside its own adapters.
 REFERENCES = ("tfidf_svm", "tfidf_word_list_svm", "random_init", "text_to_text_random_init")
+OVERLAPS = ("overlap", "repeated")  # of the texts of a published split: near duplicates of training rows, or their very texts
 
 
 def joint(model: str, finished: Mapping[str, Sequence[Finished]]) -> list[Finished]:
@@ -48,7 +50,7 @@ def beside(lead: Finished, results: Sequence[Finished]) -> Finished:
 def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split]) -> dict[str, Any]:
     """Scores of every model and the paired comparisons that matter."""
     predictions = {model: averaged([result.test for result in results]) for model, results in finished.items()}
-    overlap = {text_id for split in splits for text_id in split.test.loc[split.test["overlap"], "text_id"]}
+    seen = {mark: {text_id for split in splits for text_id in split.test.loc[split.test[mark], "text_id"]} for mark in OVERLAPS}
     draw_of = {split.fold: split.draw for split in splits}
     texts = pd.concat([split.test for split in splits]).drop_duplicates("text_id")
     models = []
@@ -63,8 +65,9 @@ def report_of(finished: Mapping[str, Sequence[Finished]], splits: Sequence[Split
             entry["generated"] = scores_by("seed", zip(seeds, (result.generated for result in results), strict=True))
         if len(set(draw_of.values())) > 1:
             entry["draws"] = scores_by("split_seed", ((draw_of[fold], rows) for fold, rows in predictions[model].groupby("fold")))
-        if overlap and (rest := scores_without(predictions[model], overlap)):
-            entry["without_overlap"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
+        for mark, text_ids in seen.items():
+            if text_ids and (rest := scores_without(predictions[model], text_ids)):
+                entry[f"without_{mark}"] = {key: rest[key] for key in ("rows", "accuracy", "macro_f1", "accuracy_ci95")}
         models.append(entry)
     pairs = [(model, other) for model in predictions for other in rivals_of(model) if other in predictions and model != other]
     return {"models": models, "comparisons": [compare_models(predictions[first], predictions[second]) for first, second in pairs]}

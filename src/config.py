@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from src.labels import parse_label_map
 
+METHODS = ("full", "lora", "qlora")  # of fine-tuning
+POOLINGS = ("encoder_mean", "decoder_eos")  # of the classification head
 OPTIMIZERS = ("adamw", "adamw_rms_scaled", "muon", "adafactor_t5", "paged_adamw_8bit")  # src.optimizers.build_optimizer
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")  # of the learning rate: src.optimizers.learning_rate_factor
 
@@ -66,6 +68,7 @@ class LabelledSettings:
         require(abs(sum(self.split_fractions) - 1) < 1e-9, "labelled.split_fractions must add up to 1")
         require(min(self.split_fractions) > 0, "labelled.split_fractions must be positive")
         require(self.max_documents is None or self.max_documents > 0, "labelled.max_documents must be positive or null")
+        require(0 < self.near_duplicate_threshold <= 1, "labelled.near_duplicate_threshold must lie in (0, 1]")
         for name in ("boilerplate_count", "overlap_ngram", "near_duplicate_ngram"):
             require(getattr(self, name) > 0, f"labelled.{name} must be positive")
 
@@ -158,7 +161,7 @@ class PretrainingSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_known = self.initialisation in ("informed", "t5") or "/" in self.initialisation
-        require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, such as results/mini_relabelled")
+        require(is_known, "pretraining.initialisation must be informed, t5, or the folder of a checkpoint, with a slash, such as ./mini")
         require(self.packing in ("best_fit", "concatenate"), "pretraining.packing must be best_fit or concatenate")
         require(0 <= self.labelled_share < 1, "pretraining.labelled_share must lie in [0, 1)")
         require(not self.labelled_share or self.packing == "best_fit", "pretraining.labelled_share needs pretraining.packing=best_fit")
@@ -172,7 +175,7 @@ class PretrainingSettings(TrainingSettings):
 class FinetuningSettings(TrainingSettings):
     """Stages 4 and 5: one loop, full weights or adapters (LoRA 2106.09685, QLoRA 2305.14314)."""
 
-    method: str = "qlora"  # "full", "lora", "qlora"
+    method: str = "qlora"  # one of METHODS
     optimizer: str = "adamw"  # adapters start at zero: a step relative to their size would not move them
     full_optimizer: str = "adamw_rms_scaled"  # of method full, and of the control from random initialisation
     full_learning_rate: float = 1e-2
@@ -182,19 +185,19 @@ class FinetuningSettings(TrainingSettings):
     lora_dropout: float = 0.0
     use_rslora: bool = True
     use_dora: bool = False
-    pooling: str = "encoder_mean"  # classification head: "encoder_mean" or "decoder_eos"
+    pooling: str = "encoder_mean"  # one of POOLINGS
     inputs_length: int = 512  # encoder tokens of a packed row
     targets_length: int = 114
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.method in ("full", "lora", "qlora"), "method must be full, lora or qlora")
+        require(self.method in METHODS, "method must be full, lora or qlora")
         require(self.full_learning_rate > 0, "full_learning_rate must be positive")
         require(self.inputs_length >= 16, "inputs_length must be at least 16: the prefix of text to text and some words")
         for name in ("targets_length", "lora_rank"):
             require(getattr(self, name) > 0, f"{name} must be positive")
         require(0 <= self.dropout_rate < 1, "dropout_rate must lie in [0, 1)")
-        require(self.pooling in ("encoder_mean", "decoder_eos"), "pooling must be encoder_mean or decoder_eos")
+        require(self.pooling in POOLINGS, "pooling must be encoder_mean or decoder_eos")
 
     def with_method(self, method: str) -> "FinetuningSettings":
         """The same run by another method, with the optimizer and rate that suit it."""

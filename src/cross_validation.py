@@ -26,7 +26,7 @@ from src.adaptation import adapted_checkpoint
 from src.artifacts import code_digest
 from src.baselines import BASELINES
 from src.collators import TextsCutWarning
-from src.config import FinetuningSettings, LabelledSettings, PretrainingSettings
+from src.config import METHODS, FinetuningSettings, LabelledSettings, PretrainingSettings
 from src.finetuning import MODEL_NAMES, finetune, model_name
 from src.finetuning_dataset import drop_conflicts_and_repeats, groups_of, loose_key, read_cleaned, text_ids
 from src.progress import progress_bar
@@ -53,7 +53,6 @@ class Contestant:
     adapted: bool = False  # on a base that went on with span corruption on the fold's training texts
 
 
-METHODS = ("full", "lora", "qlora")
 CONTESTANTS = {
     **{model_name(task, method): Contestant(task, method) for task in MODEL_NAMES for method in METHODS},
     **{model_name(task, "full", True): Contestant(task, "full", random_init=True) for task in MODEL_NAMES},
@@ -154,6 +153,7 @@ class Runner:
     settings: Mapping[str, FinetuningSettings]  # by task
     adaptation: PretrainingSettings
     processes: int = 1  # that `run_ahead` may start
+    first_fold: int = 0  # of the run
 
     def run_ahead(self, jobs: Sequence[tuple[Job, pd.DataFrame, pd.DataFrame]]) -> None:
         """Do those of the jobs `(job, rest, test)` that are not on disk side by side, each on its share of the cores.
@@ -227,7 +227,7 @@ class Runner:
             train = labelled
         splits = {"train": train, "validation": validation, "test": test if job.judged == "test" else validation}
         with warnings.catch_warnings():
-            if job.fold:  # the first has said how many
+            if job.fold != self.first_fold:  # the first has said how many
                 warnings.simplefilter("ignore", TextsCutWarning)
             tuned = finetune(
                 contestant.task,

@@ -1,6 +1,6 @@
-"""Exact and near duplicates as groups, boilerplate, conflicting labels, and overlap with another corpus.
+"""Near duplicates as groups.
 
-Near duplicates are texts whose sets of word 5-grams have a Jaccard similarity of at least the threshold. MinHash
+Near duplicates are texts whose sets of word n-grams have a Jaccard similarity of at least the threshold. MinHash
 signatures and banding (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3) propose pairs, and the
 exact similarity decides: no pair below the threshold is ever joined by an unlucky estimate. The price is a temporary
 file with the n-gram hashes (about 4 bytes a word), so that memory holds only 256 bytes a document.

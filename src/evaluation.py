@@ -77,7 +77,7 @@ def averaged(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         )
     mean = rows[list(PROBABILITY_COLUMNS)].mean().reset_index()
     kept = together.drop_duplicates(["fold", "text_id"])[["text_id", "label", "fold", "model"]].merge(mean, on=["fold", "text_id"])
-    return kept.assign(prediction=kept[list(PROBABILITY_COLUMNS)].to_numpy().argmax(1))
+    return kept.assign(prediction=kept[list(PROBABILITY_COLUMNS)].to_numpy().argmax(1))[list(PREDICTION_COLUMNS)]
 
 
 def check_predictions(predictions: pd.DataFrame) -> None:
@@ -87,11 +87,11 @@ def check_predictions(predictions: pd.DataFrame) -> None:
         EvaluationError: a column or every row missing, several models, unknown labels, rows judged twice, probabilities that
             do not add up to 1, or a fold without one of the classes.
     """
+    if predictions.empty:
+        raise EvaluationError("predictions are empty: give the model at least one text to judge")
     missing = [column for column in PREDICTION_COLUMNS if column not in predictions]
     if missing:
         raise EvaluationError(f"predictions lack the column {missing[0]!r}: expected {', '.join(PREDICTION_COLUMNS)}")
-    if predictions.empty:
-        raise EvaluationError("predictions are empty: there is nothing to evaluate")
     models = predictions["model"].unique()
     name = models[0]
     if len(models) > 1:

@@ -5,7 +5,7 @@ that checkpoint's digest. `export_merged` makes one ordinary 16-bit model of bot
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -99,17 +99,25 @@ def save_finetuned(
         save_adapter(model, folder, base_folder)
     tokenizer.save_pretrained(folder)
     about = {"task": task, "method": settings.method, "temperature": temperature, "cleaning": cleaning}
-    about |= {key: getattr(settings, key) for key in SAVED_SETTINGS}
+    about |= {key: getattr(settings, key) for key in SAVED_SETTINGS} | {"labels": list(LABELS)}
     # On a device that decides the precision otherwise, the base would round otherwise, and quantise to other levels.
     about["frozen_dtype"] = str(frozen_dtype(settings)).removeprefix("torch.")
     (folder / INFERENCE_FILE).write_text(json.dumps(about, indent=1))
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The content of `inference.json`: task, method, temperature, and the settings that prediction needs."""
+    """The content of `inference.json`: task, method, temperature, labels, and the settings that prediction needs."""
     if not (folder / INFERENCE_FILE).is_file():
         raise FinetuningError(f"{folder / INFERENCE_FILE} is missing: it is not a fine-tuned model, run the fine-tuning notebook")
-    return json.loads((folder / INFERENCE_FILE).read_text(encoding="utf-8"))
+    about = json.loads((folder / INFERENCE_FILE).read_text(encoding="utf-8"))
+    require_our_labels(folder, about.get("labels", LABELS))
+    return about
+
+
+def require_our_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Refuse a model that means something else by its outputs, or means the same in another order."""
+    if list(labels) != list(LABELS):
+        raise FinetuningError(f"{folder} knows the labels {', '.join(labels)}, not {', '.join(LABELS)}: fine-tune again")
 
 
 def as_saved(settings: FinetuningSettings, about: dict[str, Any]) -> FinetuningSettings:
@@ -159,10 +167,10 @@ def export_merged(folder: Path, base_folder: Path, settings: FinetuningSettings,
 def load_full(task: str, folder: Path) -> PreTrainedModel:
     """Full fine-tuned weights; a checkpoint without a head or with other labels is refused."""
     config = T5Config.from_pretrained(folder)
-    if task == "classification" and [config.id2label[index] for index in sorted(config.id2label)] != list(LABELS):
-        raise FinetuningError(f"{folder} knows the labels {', '.join(config.id2label.values())}, not {', '.join(LABELS)}")
+    if task == "classification":
+        require_our_labels(folder, [config.id2label[index] for index in sorted(config.id2label)])
     model_class = T5ForSentimentClassification if task == "classification" else T5ForConditionalGeneration
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
-        raise FinetuningError(f"{folder} lacks {sorted(report['missing_keys'])[0]}: a checkpoint without its head cannot classify")
+        raise FinetuningError(f"{folder} lacks {sorted(report['missing_keys'])[0]}: it is not whole or has no head, fine-tune again")
     return model

@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from src.checkpoints import write_log
 from src.config import FinetuningSettings
-from src.evaluation import evaluate_predictions, predictions_frame
+from src.evaluation import PROBABILITY_COLUMNS, evaluate_predictions, predictions_frame
 from src.finetuned_checkpoints import FinetuningError, load_base, save_finetuned
 from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.inference import class_probabilities, generate_labels, label_ids_of, label_likelihoods
-from src.labels import LABELS
+from src.labels import require_all_labels
 from src.optimizers import STATE_BYTES
 from src.precision import frozen_dtype, precision_dtype
 from src.qlora import add_adapters, base_digest, parameter_table, quantise
@@ -46,9 +47,15 @@ class FineTuned:
     costs: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[dict[str, object]]:
-        """Scores of the test predictions, and of free generation where there is any, with their costs; temperature from validation rows."""
-        frames = [frame for frame in (self.test, self.generated) if frame is not None]
-        return [evaluate_predictions(frame, self.validation) | {"costs": self.costs} for frame in frames]
+        """Scores of the test predictions, and of free generation where there is any, with their costs; temperature from validation rows.
+
+        What is written has no probabilities of its own, so no calibration either.
+        """
+        metrics = [evaluate_predictions(self.test, self.validation)]
+        if self.generated is not None:
+            written = evaluate_predictions(self.generated)
+            metrics.append({key: written[key] for key in written if key not in ("ece", "reliability")})
+        return [scores | {"costs": self.costs} for scores in metrics]
 
 
 def model_name(task: str, method: str, random_init: bool = False) -> str:
@@ -72,9 +79,7 @@ def prepare_model(task: str, folder: Path, settings: FinetuningSettings, random_
 
 def batches(task: str, rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: FinetuningSettings):
     """The packed batches that a task trains on."""
-    absent = sorted(set(range(len(LABELS))) - set(rows["label"]))
-    if absent:
-        raise FinetuningError(f"the training rows hold no {LABELS[absent[0]]} text: every class needs at least one")
+    require_all_labels(rows["label"])
     source = ClassificationBatches if task == "classification" else TextToTextBatches
     return source(rows["text"].tolist(), rows["label"].tolist(), tokenizer, settings)
 
@@ -97,7 +102,7 @@ def predict_rows(
 def validation_scores(predictions: pd.DataFrame) -> dict[str, float]:
     """What the training loop watches: mean negative log-probability of the labels, accuracy, macro-F1."""
     scores = evaluate_predictions(predictions, resamples=1)
-    of_labels = predictions[[f"p_{label}" for label in LABELS]].to_numpy()[np.arange(len(predictions)), predictions["label"]]
+    of_labels = predictions[list(PROBABILITY_COLUMNS)].to_numpy()[np.arange(len(predictions)), predictions["label"]]
     loss = float(-np.log(np.clip(of_labels, 1e-12, None)).mean())
     return {"validation_loss": loss, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"]}
 
@@ -174,4 +179,4 @@ def save_results(
     save_finetuned(folder, base_folder, tuned.model, tuned.tokenizer, tuned.task, settings, metrics[0]["temperature"], cleaning)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     (folder / "metrics.json").write_text(json.dumps(list(metrics), indent=1))
-    (folder / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in tuned.log))
+    write_log(folder, tuned.log)

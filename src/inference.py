@@ -16,7 +16,7 @@ from src.config import FinetuningSettings
 from src.evaluation import NO_LABEL
 from src.finetuning_batches import ClassificationBatches, TextToTextBatches
 from src.labels import LABEL_IDS, LABELS, TASK_PREFIX
-from src.packing import fill_row
+from src.packing import IGNORED, fill_row
 from src.precision import autocast
 
 
@@ -63,7 +63,7 @@ def class_probabilities(
         found = np.empty((len(parts), len(LABELS)))
         for index in range(len(epoch)):
             batch = to_device(epoch[index], model)
-            real = batch.pop("labels") != -100  # (rows, segments)
+            real = batch.pop("labels") != IGNORED  # (rows, segments)
             with autocast(model, settings):
                 logits = model(**batch).logits[:, : real.shape[1]]  # (rows, segments, 3)
             found[epoch.example_ids(index)] = logits[real[:, : logits.shape[1]]].float().softmax(-1).cpu()
@@ -120,7 +120,7 @@ def score_candidates(
         decoder_input_ids=decoder["decoder_input_ids"],
         decoder_segment_ids=decoder["decoder_segment_ids"],
     ).logits  # (candidates x rows, length, vocabulary)
-    real = decoder["labels"] != -100
+    real = decoder["labels"] != IGNORED
     of_tokens = logits.float().log_softmax(-1).gather(-1, decoder["labels"].clamp(min=0)[..., None])[..., 0] * real
     of_segments = torch.zeros(len(filled), max(counts) + 1, device=device).scatter_add_(1, decoder["decoder_segment_ids"], of_tokens)
     return of_segments[:, 1:].reshape(len(candidates), rows, -1).permute(1, 2, 0)

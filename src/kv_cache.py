@@ -3,7 +3,7 @@
 A kind is written `self+cross`. Self-attention stores `kv`, `k` (K-cache) or `x` (X-cache); cross-attention stores `kv` for each
 layer or `e`, the encoder output itself, once. `x+e` is the default: about 6x less memory than `kv` at source 512 and target 114
 for T5-small, exact in every precision. It does more arithmetic a step, which costs time where the processor and not the memory is
-the limit: on large batches with long outputs, in a precision that the processor has no fast products for; see benchmarks/decoding.py.
+the limit: on single texts, and on large batches with long outputs; see benchmarks/decoding.py.
 """
 
 import torch

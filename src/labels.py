@@ -5,7 +5,7 @@ read only through a declared map, never guessed; words (`positive`, `Bearish`) a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 LABELS = ("bearish", "neutral", "bullish")
 TASK_PREFIX = "sentiment: "
@@ -23,6 +23,16 @@ SPELLINGS = {
 
 class LabelError(ValueError):
     """A label that cannot be read as bearish, neutral or bullish."""
+
+
+def require_all_labels(labels: Iterable[int]) -> None:
+    """Refuse training rows in which no text has one of the labels: a classifier would never say it.
+
+    Raises:
+        LabelError: names the label.
+    """
+    if absent := sorted(set(range(len(LABELS))) - set(labels)):
+        raise LabelError(f"the training rows hold no {LABELS[absent[0]]} text: give more labelled rows, every label needs one")
 
 
 def parse_label_map(text: str) -> dict[str, str]:

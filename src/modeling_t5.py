@@ -11,6 +11,7 @@ from transformers import T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqSequenceClassifierOutput
 
 from src.attention import SegmentError, SegmentMask, at_least_float32
+from src.config import POOLINGS
 from src.fused_loss import linear_cross_entropy
 from src.input_checks import (
     ModelError,
@@ -204,7 +205,7 @@ class T5ForSentimentClassification(T5PreTrainedModel):
         super().__init__(config)
         stocks_own = "T5ForSequenceClassification" in (config.architectures or ())
         pooling = pooling or getattr(config, "pooling", "decoder_eos" if stocks_own else "encoder_mean")
-        if pooling not in ("encoder_mean", "decoder_eos"):
+        if pooling not in POOLINGS:
             raise ModelError(f"config.pooling is {pooling!r}: choose encoder_mean or decoder_eos")
         config.pooling = pooling
         self.transformer = T5Model(config, has_decoder=pooling == "decoder_eos")

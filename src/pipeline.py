@@ -51,7 +51,7 @@ class ProgressRelay:
         self.shown_at = time.monotonic()
 
     def write(self, text: str) -> None:
-        bars = [part for part in re.split(r"[\r\n]", text) if "%|" in part or "it/s" in part or "tok/s" in part]
+        bars = [part for part in re.split(r"[\r\n]", text) if "%|" in part or "it/s" in part]
         if bars and time.monotonic() - self.shown_at >= self.seconds:
             self.shown_at = time.monotonic()
             line = f"{self.prefix} {bars[-1].strip()}"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import T5Config
 
+from src.checkpoints import write_log
 from src.config import ModelSettings, PretrainingSettings
 from src.distant_supervision import LabelledSentences
 from src.initialisation import CheckpointStart, InformedStart
@@ -148,5 +149,5 @@ def save_pretrained(
 ) -> None:
     """Write a plain Hugging Face checkpoint, with the log and figures of its making beside it."""
     save_checkpoint(model, tokenizer, tokenizer_folder, folder)
-    (folder / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in result.log), encoding="utf-8")
+    write_log(folder, result.log)
     (folder / "metrics.json").write_text(json.dumps(dict(metrics), indent=1), encoding="utf-8")

@@ -205,7 +205,7 @@ def settings_for(profile: str, overrides: Mapping[str, Any] | None = None) -> Se
         changes.setdefault(section, {})[name] = typed(key, value, get_type_hints(type(getattr(settings, section)))[name])
     sections = {section: replace(getattr(settings, section), **values) for section, values in changes.items()}
     for section, values in changes.items():
-        for name in ("optimizer", "learning_rate", "max_epochs"):
+        for name in ("optimizer", "learning_rate"):
             own = getattr(sections[section], "method", None) == "full" and getattr(sections[section], f"full_{name}") is not None
             passed_over = own and name in values and f"full_{name}" not in values
             require(not passed_over, f"{section}.{name} is for adapters: with {section}.method=full give {section}.full_{name}")

@@ -1,6 +1,6 @@
 """Adapters on a frozen base: LoRA (arXiv 2106.09685) on 16-bit weights, QLoRA (arXiv 2305.14314) on 4-bit ones.
 
-peft and bitsandbytes do the work; this room chooses the layers, keeps the head and the base's digest with the adapter, and
+peft and bitsandbytes do the work; this module chooses the layers, keeps the head and the base's digest with the adapter, and
 merges. The trade-off, said plainly: at 60M parameters and below 4 bits save little, since the embeddings are not quantised;
 what is saved is the optimizer's state and the size of what is stored per task.
 """
@@ -17,12 +17,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from src.config import FinetuningSettings
 from src.verified_folders import file_sha256
 
 BASE_FILE = "base.json"  # which base an adapter belongs to
-WEIGHTS_FILE = "model.safetensors"
 MEBIBYTE = 1 << 20
 
 
@@ -165,9 +165,9 @@ def quiet_peft() -> Iterator[None]:
 
 def base_digest(base_folder: Path) -> str:
     """SHA-256 of a checkpoint's weights: what an adapter belongs to."""
-    path = base_folder / WEIGHTS_FILE
+    path = base_folder / SAFE_WEIGHTS_NAME
     if not path.is_file():
-        raise AdapterError(f"{path} is missing: it is the base that the adapter stands on")
+        raise AdapterError(f"{path} is missing: name the folder of a whole checkpoint")
     return file_sha256(path)
 
 

@@ -70,7 +70,7 @@ class FileSource:
         tables = [f for f in files if f.suffix.lower() != ".txt"]
         if skipped:
             warnings.warn(f"{path}: {skipped[0]} is not read, as {len(skipped)} file(s): unpack it, or save it as csv", stacklevel=3)
-        for file in files:
+        for file in tables or files:
             if file.stat().st_size == 0:
                 raise SourceError(f"{file} is empty: fetch it again or remove it")
         return cls(str(path), tuple(tables or files), one_document_a_file=path.is_dir() and not tables)

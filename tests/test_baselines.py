@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from src import baselines, evaluation
-from src.labels import LABEL_IDS, TWITTER_LABEL_MAP, label_id
+from src.labels import LABEL_IDS, TWITTER_LABEL_MAP, LabelError, label_id
 
 
 def labelled(texts, labels):
@@ -65,7 +65,7 @@ def test_svm_with_the_word_list_knows_words_that_it_was_not_trained_on():
 
 def test_a_class_without_training_text_is_named():
     """scikit-learn would fit two classes and shift every label id after the gap."""
-    with pytest.raises(baselines.BaselineError, match="no neutral text"):
+    with pytest.raises(LabelError, match="no neutral text"):
         baselines.tfidf_svm(labelled(["a", "b"], [0, 2]), labelled(["c"], [1]))
 
 

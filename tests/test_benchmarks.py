@@ -56,10 +56,10 @@ def test_results_become_tables(tmp_path, monkeypatch):
     assert readme.render(page) == page
     lengths = [{"words": "3-9", "macro_f1": 0.5}, {"words": "10-30", "macro_f1": 0.75}]
     calibrated = {"ece": 0.125, "ece_scaled": 0.0625, "temperature": 2.5, "by_length": lengths}
-    head |= calibrated | {"generated": [{"accuracy": 0.75}, {"accuracy": 0.25}]}
+    head |= calibrated | {"generated": [{"accuracy": 0.75, "invalid_rate": 0.25}, {"accuracy": 0.25, "invalid_rate": 0.0}]}
     (tmp_path / "results/news.json").write_text(json.dumps({"command": "compare", "models": [svm | {"by_length": lengths}, head]}))
     details = readme.render(page).split("| model | ECE", 1)[1].splitlines()
-    assert details[2:4] == ["| head | 0.125 | 0.0625 | 2.50 | 0.500 | 0.500 (3-9), 0.750 (10-30) |", ""]
+    assert details[2:4] == ["| head | 0.125 | 0.0625 | 2.50 | 0.500 | 0.125 | 0.500 (3-9), 0.750 (10-30) |", ""]
 
 
 def test_comparisons_share_a_table(tmp_path, monkeypatch):

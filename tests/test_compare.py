@@ -174,6 +174,7 @@ def test_published_split_is_judged_whole_and_without_what_train_holds(run, tmp_p
     assert len(rows) - 160 > others["without_overlap"]["rows"] > 60
     own = len(rows) - 160 - others["without_overlap"]["rows"]
     assert model["without_overlap"]["rows"] == len(test) - 7 - 2 - own
+    assert model["without_repeated"]["rows"] == len(test) - 7
     saved = json.loads((tmp_path / "results" / "published.json").read_text())
     assert saved["models"][0]["accuracy"] == model["accuracy"]
     assert len(saved["data_sha256"]) == 64
@@ -210,10 +211,13 @@ def test_near_duplicates_shape_a_job(run, tmp_path, monkeypatch):
 
 def test_label_efficiency_curve(run, tmp_path):
     """The curve needs every model at every share, with intervals in the right order."""
-    report = run("--models", "tfidf_svm", "--fractions", "0.25,1", "--output", str(tmp_path / "curve.json"))
-    assert [(point["fraction"], point["model"]) for point in report["fractions"]] == [(0.25, "tfidf_svm"), (1.0, "tfidf_svm")]
-    assert all(point["low"] <= point["macro_f1"] <= point["high"] for point in report["fractions"])
-    assert report["fractions"][1]["macro_f1"] == report["models"][0]["macro_f1"]
+    models = ["tfidf_svm", "random_init", "pretrained_head", "text_to_text"]
+    options = ("--models", f"majority,{','.join(models)}", "--fractions", "1,0.25", "--set", "text_to_text.max_steps=2")
+    report = run(*options, "--output", str(tmp_path / "curve.json"))
+    points = {(point["fraction"], point["model"]): point for point in report["fractions"]}
+    assert list(points) == [(fraction, model) for fraction in (0.25, 1.0) for model in models]
+    assert all(point["low"] <= point["macro_f1"] <= point["high"] for point in points.values())
+    assert [points[1.0, model]["macro_f1"] for model in models] == [model["macro_f1"] for model in report["models"][1:]]
     assert (tmp_path / "curve_label_efficiency.png").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 from sklearn import metrics as reference
 
 from src import calibration, error_analysis, evaluation
-from src.evaluation import NO_LABEL, EvaluationError, averaged, compare_models, evaluate_predictions, predictions_frame
+from src.evaluation import NO_LABEL, PREDICTION_COLUMNS, EvaluationError, averaged, compare_models, evaluate_predictions, predictions_frame
 from src.labels import LABELS
 
 
@@ -161,7 +161,8 @@ def test_tables_name_the_texts():
 
 
 BAD = {
-    "empty": (lambda f: f.iloc[:0], "predictions are empty"),
+    "empty": (lambda f: f.iloc[:0], "predictions are empty: give"),
+    "nothing": (lambda _: pd.DataFrame(), "predictions are empty: give"),
     "column": (lambda f: f.drop(columns="fold"), "lack the column 'fold'"),
     "class": (lambda f: f[f["label"] != 2], "fold 0 has no bullish text"),
     "label": (lambda f: f.assign(label=7), "a label outside 0..2"),
@@ -187,6 +188,7 @@ def test_several_seeds_become_one_model():
     first = predictions_frame(rows, np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]), "model")
     second = predictions_frame(rows, np.array([[0.4, 0.6, 0.0], [0.1, 0.9, 0.0], [0.0, 0.6, 0.4]]), "model")
     together = averaged([first, second])
+    assert tuple(together) == PREDICTION_COLUMNS
     assert together["prediction"].tolist() == [0, 1, 2]
     assert together["p_bearish"].tolist() == pytest.approx([0.65, 0.35, 0.0])
     assert evaluate_predictions(together, resamples=5)["rows"] == 3

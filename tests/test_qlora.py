@@ -239,6 +239,8 @@ def test_adapter_of_another_base_is_refused(base_folder, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(AdapterError, match="belongs to base"):
         qlora.merge_to_16_bit(load(tmp_path / "other"), tmp_path / "adapter", tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"safetensors is missing: name the folder of a whole checkpoint"):
+        qlora.read_base(tmp_path / "adapter", tmp_path)
 
 
 def test_adapter_without_a_head_is_refused_by_a_classifier(base_folder, tmp_path):

@@ -47,6 +47,7 @@ def test_overrides_replace_fields_and_leave_the_profile_alone():
         ({"classification.full_optimizer": "sgd"}, "full_optimizer 'sgd' is unknown"),
         ({"classification.inputs_length": 4}, "inputs_length must be at least 16"),
         ({"classification.lora_rank": 0}, "lora_rank must be positive"),
+        ({"labelled.near_duplicate_threshold": 60}, r"labelled.near_duplicate_threshold must lie in \(0, 1\]"),
         ({"labelled.max_documents": 0}, "labelled.max_documents must be positive"),
         (
             {"classification.method": "full", "classification.learning_rate": 0.1},
@@ -74,6 +75,14 @@ def test_a_method_leaves_the_epochs_alone():
     full = adapters.with_method("full")
     assert adapters.with_method("lora").max_epochs == full.max_epochs == adapters.max_epochs
     assert dataclasses.replace(full, max_epochs=50).with_method("full").max_epochs == 50
+
+
+@pytest.mark.parametrize("section", ["classification", "text_to_text"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_method_can_be_named_alone(section, method):
+    """A check of what goes with `full` once asked for a field that was gone: nobody could choose it."""
+    for profile in PROFILES:
+        assert getattr(settings_for(profile, {f"{section}.method": method}), section).method == method
 
 
 def test_unknown_profile_and_artifact():

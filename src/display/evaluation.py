@@ -67,7 +67,7 @@ def scores_table(metrics: Sequence[Mapping[str, object]], *, with_costs: bool = 
     for result in sorted(metrics, key=lambda result: -result["macro_f1"]):
         row = {"model": result["model"], "accuracy": score_cell(result, "accuracy"), "macro-F1": score_cell(result, "macro_f1")}
         cost = result.get("costs", {})
-        calibration = {"MCC": result["mcc"], "ECE": result["ece"], "ECE, scaled": result.get("ece_scaled")}
+        calibration = {"MCC": result["mcc"], "ECE": result.get("ece"), "ECE, scaled": result.get("ece_scaled")}
         costs = {title: cost.get(key) for key, title in COSTS.items()}
         rows.append(row | {"not a label": result["invalid_rate"]} | (costs if with_costs else calibration))
     formats = {"not a label": "{:.1%}"} | dict.fromkeys((COSTS["seconds"], COSTS["mebibytes"]), "{:.1f}")
