@@ -22,7 +22,6 @@ CHANGES = {
     },
     "the paper's Adafactor": {"pretraining.optimizer": "adafactor_t5"},
     "inverse square root schedule": {"pretraining.schedule": "inverse_sqrt"},
-    "no weight decay": {"pretraining.weight_decay": 0.0},
     "dropout 0.1": {"model.dropout_rate": 0.1},
     "windows of the stream": {"pretraining.packing": "concatenate", "pretraining.labelled_share": 0.0},
     "rows of 128 tokens": {
