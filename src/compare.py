@@ -23,6 +23,7 @@ from src.baselines import BASELINES
 from src.comparison_report import joint, report_of, write_report
 from src.config import TrainingSettings
 from src.cross_validation import (
+    BASE_FILES,
     CONTESTANTS,
     VALIDATION,
     Finished,
@@ -93,8 +94,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     fractions = fractions_of(arguments.fractions, models, splits)
     data = rows_digest(*(part for split in splits for part in (split.rest, split.test)))
     base = arguments.base or (open_artifact(settings, "pretrained").path if contestants else None)
-    if contestants and not (base / "config.json").is_file():
-        raise ComparisonError(f"--base {base} is not a checkpoint: name a folder with config.json, such as results/mini_relabelled")
+    if lacking := [name for name in BASE_FILES if contestants and not (base / name).is_file()]:
+        raise ComparisonError(f"--base {base} holds no {lacking[0]}: name a checkpoint with its tokenizer, such as results/mini_relabelled")
     folder = artifacts_folder(settings.profile) / "comparison"
     tasks = {task: decided(getattr(settings, task)) for task in MODEL_NAMES}
     runner = Runner(folder, base, tasks, decided(settings.adaptation), arguments.processes, splits[0].fold)

@@ -39,6 +39,7 @@ from src.verified_folders import ArtifactError, atomic_folder, file_sha256, json
 # weights, so those of the last step are judged. A learning rate is chosen on more. All folds together fit one temperature, so a single
 # large split has to hold out more than one fold of ten does.
 VALIDATION_ROWS, VALIDATION, MOST_VALIDATION, RATE_VALIDATION = 60, 0.02, 0.3, 0.1
+BASE_FILES = ("config.json", "tokenizer.json", MODEL_FILE)  # of a base, that also a model from random weights takes
 ONLY_AT_THE_END = 10**9  # steps from one evaluation to the next
 MOST_EPOCHS = 50  # that a share of the labels is read: fewer labels more often, or training would end before its warm-up does
 
@@ -207,7 +208,7 @@ class Runner:
 
     def taken_from_base(self, with_weights: bool = True) -> dict[str, str]:
         """Digests of the base's shape, tokenizer and weights; the control forgets the weights, so a base trained longer leaves it valid."""
-        paths = [self.base_folder / name for name in ("config.json", "tokenizer.json", MODEL_FILE)]
+        paths = [self.base_folder / name for name in BASE_FILES]
         taken = {path.name: file_sha256(path) for path in paths if path.is_file()}
         return taken | ({"weights": base_digest(self.base_folder)} if with_weights else {})
 

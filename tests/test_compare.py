@@ -334,7 +334,7 @@ def test_an_adapted_base_has_read_the_training_texts_alone(run, base, tmp_path, 
     assert not list((tmp_path / "sample" / "comparison" / ".checkpoints").iterdir())
 
 
-def test_errors_come_before_any_training(run, monkeypatch):
+def test_errors_come_before_any_training(run, tmp_path, monkeypatch):
     """A misspelt model or too many folds must not be found out after an hour."""
     monkeypatch.setattr(cross_validation, "finetune", refuse)
     with pytest.raises(compare.ComparisonError, match="model 'pretraned' is unknown: choose from"):
@@ -348,8 +348,11 @@ def test_errors_come_before_any_training(run, monkeypatch):
         run("--split-seeds=-1")
     with pytest.raises(SplitError, match="too few"):
         run("--folds", "200")
-    with pytest.raises(compare.ComparisonError, match="is not a checkpoint: name a folder"):
+    with pytest.raises(compare.ComparisonError, match=r"holds no config\.json: name a checkpoint with its tokenizer"):
         run("--base", "results/typo")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(compare.ComparisonError, match=r"holds no tokenizer\.json: name a checkpoint"):
+        run("--base", str(tmp_path))
     with pytest.raises(compare.ComparisonError, match=r"'0\.5' are not whole numbers"):
         run("--seeds", "0.5")
     for fractions, message in (

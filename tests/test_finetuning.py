@@ -169,8 +169,10 @@ def test_label_likelihoods_are_the_probabilities_of_the_words(base):
     """Against the definition, with stock T5: log p(label) is the sum over its tokens, eos included, and the three are normalised."""
     model, tokenizer = loaded("text_to_text", base)
     stock = AutoModelForSeq2SeqLM.from_pretrained(base).eval()
-    texts = SPLITS["test"]["text"].tolist()[:5]
+    texts, calls = SPLITS["test"]["text"].tolist()[:5], []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
     found = inference.label_likelihoods(model, tokenizer, texts, settings())
+    assert len(calls) == 1  # the five share a row, which is read once for all three labels
     for text, row in zip(texts, found, strict=True):
         inputs = tokenizer(TASK_PREFIX + text, return_tensors="pt").input_ids
         scores = []
