@@ -156,7 +156,10 @@ def test_the_recipe_benchmark_takes_a_profile_with_a_second_task(texts, tokenize
     settings = settings_for("sample")
     assert settings.pretraining.labelled_share > 0
     settings = replace(settings, pretraining=replace(settings.pretraining, initialisation="t5"))
-    baseline, default = pretraining_recipe.contestants(settings, tokenizer, None, tokenized(texts, tokenizer))
+    documents = tokenized(texts, tokenizer)
+    corpus = pretraining_recipe.Corpus(tokenizer, None, documents, documents)
+    baseline = pretraining_recipe.paper_recipe("baseline", settings, corpus)
+    default = pretraining_recipe.own_recipe("default", settings, corpus)
     assert baseline.source.sentences is None
     assert default.source.sentences is not None
 
