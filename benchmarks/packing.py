@@ -8,12 +8,11 @@ import argparse
 import json
 import time
 
+from benchmarks.pretraining_recipe import Corpus
 from src import profiles
-from src.artifacts import open_artifact
 from src.inspection import compare_packing
 from src.pretraining_batches import PretrainingBatches
 from src.span_corruption import corrupted_lengths
-from src.tokenizer import TokenizedDocuments, load_tokenizer
 
 
 def most_possible(source: PretrainingBatches) -> float:
@@ -29,14 +28,13 @@ def main() -> None:
     profiles.add_settings_options(parser, "mini")
     options = parser.parse_args()
     settings = profiles.settings_for(options.profile, profiles.parse_overrides(options.set))
-    tokenizer = load_tokenizer(open_artifact(settings, "tokenizer").path)
-    documents = TokenizedDocuments.load(open_artifact(settings, "pretraining_dataset").path, "train")
+    corpus = Corpus.of(settings)
     result: dict[str, dict[str, float]] = {}
     for targets in options.targets:
         overrides = {**settings.overrides, "pretraining.targets_length": targets, "pretraining.labelled_share": 0.0}
         own = profiles.settings_for(options.profile, overrides).pretraining
-        source = PretrainingBatches(documents, tokenizer, own)
-        for name, figures in compare_packing(documents, tokenizer, own).items():
+        source = PretrainingBatches(corpus.train, corpus.tokenizer, own)
+        for name, figures in compare_packing(corpus.train, corpus.tokenizer, own).items():
             for measure in ("encoder positions used", "rows"):
                 result.setdefault(f"{name}: {measure}", {})[f"{targets} targets"] = figures[measure]
         result.setdefault("the most that any packing can use", {})[f"{targets} targets"] = most_possible(source)

@@ -64,7 +64,7 @@ def main() -> None:
 def figures(contestant: Contestant) -> dict[str, float]:
     last = contestant.curve[-1]
     losses = {key: round(value, 4) for key, value in last.items() if key.startswith("validation")}
-    return losses | {"tokens": contestant.tokens, "parameters": contestant.parameters}
+    return losses | {"tokens": contestant.tokens, "parameters": contestant.model.num_parameters()}
 
 
 if __name__ == "__main__":

@@ -62,10 +62,6 @@ class Contestant:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.source.epoch(0)
 
-    @property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
     def take_slice(self, budget: float) -> None:
         """Train for one slice of the clock, or what is left of `budget` seconds."""
         end = min(self.seconds + SLICE_SECONDS, budget)
@@ -104,8 +100,9 @@ class Contestant:
         loss.backward()
 
 
-def evaluate(contestant: Contestant, judge: torch.nn.Module, evaluation: SpanCorruptionEvaluation) -> None:
-    """Validation losses through one model class for both, so that packing and kernels are the same."""
+def evaluate(contestant: Contestant, evaluation: SpanCorruptionEvaluation) -> None:
+    """Validation losses through one model class for all, so that packing and kernels are the same."""
+    judge = T5ForConditionalGeneration(contestant.model.config).to(DEVICE)
     judge.load_state_dict(contestant.model.state_dict())
     with autocast(judge, contestant.settings):
         metrics = evaluation(judge.eval())
@@ -170,7 +167,7 @@ def take_turns(contestants: Sequence[Contestant], settings: profiles.Settings, c
             each.take_slice(budget)
             last = each.curve[-1]["minutes"] if each.curve else 0.0
             if each.seconds / 60 - last >= options.evaluate_every or each.seconds >= budget:
-                evaluate(each, T5ForConditionalGeneration(each.model.config).to(DEVICE), evaluation)
+                evaluate(each, evaluation)
 
 
 def minutes_to_goal(curve: list[dict]) -> float | None:

@@ -20,8 +20,11 @@ PAGES = ("README.md", "results/README.md", "results/speed.md", "results/history.
 BLOCK = re.compile(r"(<!-- (results|summary) ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUMMARY_BASELINE, CONTROL = "tfidf_word_list_svm", "random_init"
 MODEL_COLUMNS = {"accuracy": "accuracy", "accuracy_ci95": "95 %", "macro_f1": "macro-F1", "macro_f1_ci95": "95 %"}
-OVERLAP_COLUMNS = {"accuracy": "accuracy without near duplicates of train", "macro_f1": "macro-F1 without near duplicates of train"}
-REPEATED = "accuracy without texts of train"
+OVERLAP_COLUMNS = {
+    ("without_overlap", "accuracy"): "accuracy without near duplicates of train",
+    ("without_overlap", "macro_f1"): "macro-F1 without near duplicates of train",
+    ("without_repeated", "accuracy"): "accuracy without texts of train",
+}
 # What the command says already, or a column beside it.
 UNSHOWN = ("best_step", "device", "dtype", "labelled", "method", "precision", "profile", "rounds", "threads")
 # What names and keys mean; one that is plain words is shown as those.
@@ -118,17 +121,9 @@ def cases_table(result: Mapping[str, Any]) -> list[str]:
 
 def models_table(models: list[Mapping[str, Any]]) -> list[str]:
     """One row a model, best macro-F1 first, with columns for the draws of the folds and for scores without texts of the training rows."""
-    titles = (
-        MODEL_COLUMNS
-        | {"by draw": "accuracy by draw", "one run": "accuracy of one run"}
-        | {f"without {key}": title for key, title in OVERLAP_COLUMNS.items()}
-        | {"without repeated": REPEATED}
-        | COSTS
-    )
-    rows = [model | {f"without {key}": value for key, value in model.get("without_overlap", {}).items()} for model in models]
+    titles = MODEL_COLUMNS | {"by draw": "accuracy by draw", "one run": "accuracy of one run"} | OVERLAP_COLUMNS | COSTS
+    rows = [model | {(part, key): model[part][key] for part, key in OVERLAP_COLUMNS if key in model.get(part, ())} for model in models]
     for row in rows:
-        if "without_repeated" in row:
-            row["without repeated"] = row["without_repeated"]["accuracy"]
         if "draws" in row:
             row["by draw"] = ", ".join(number(draw["accuracy"]) for draw in row["draws"])
         if len(row.get("runs", ())) > 1:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from src.calibration import expected_calibration_error, fit_temperature, reliability_bins, scale_temperature
-from src.labels import LABELS
+from src.labels import LABELS, absent_labels
 
 PROBABILITY_COLUMNS = tuple(f"p_{label}" for label in LABELS)
 PREDICTION_COLUMNS = ("text_id", "label", "prediction", *PROBABILITY_COLUMNS, "fold", "model")
@@ -106,9 +106,8 @@ def check_predictions(predictions: pd.DataFrame) -> None:
     if not (np.isfinite(probabilities).all() and (probabilities >= 0).all() and np.allclose(probabilities.sum(1), 1, atol=1e-3)):
         raise EvaluationError(f"model {name}: probabilities must be finite, not negative and add up to 1")
     for fold, labels in predictions.groupby("fold")["label"]:
-        absent = sorted(set(range(len(LABELS))) - set(labels))
-        if absent:
-            raise EvaluationError(f"fold {fold} has no {LABELS[absent[0]]} text: use fewer folds or more labelled rows")
+        if absent := absent_labels(labels):
+            raise EvaluationError(f"fold {fold} has no {absent[0]} text: use fewer folds or more labelled rows")
 
 
 def scores_from_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:

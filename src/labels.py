@@ -25,14 +25,20 @@ class LabelError(ValueError):
     """A label that cannot be read as bearish, neutral or bullish."""
 
 
+def absent_labels(labels: Iterable[int]) -> list[str]:
+    """The labels that none of these is, in the order of `LABELS`."""
+    present = set(labels)
+    return [name for index, name in enumerate(LABELS) if index not in present]
+
+
 def require_all_labels(labels: Iterable[int]) -> None:
     """Refuse training rows in which no text has one of the labels: a classifier would never say it.
 
     Raises:
         LabelError: names the label.
     """
-    if absent := sorted(set(range(len(LABELS))) - set(labels)):
-        raise LabelError(f"the training rows hold no {LABELS[absent[0]]} text: give more labelled rows, every label needs one")
+    if absent := absent_labels(labels):
+        raise LabelError(f"the training rows hold no {absent[0]} text: give more labelled rows, every label needs one")
 
 
 def parse_label_map(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from src.labels import LABELS
+from src.labels import LABELS, absent_labels
 
 SPLITS = ("train", "validation", "test")
 DRAWS, FAR_SEED = 20, 1_000_003  # of folds, until each holds every class, and how far apart their seeds are
@@ -30,7 +30,7 @@ def check_classes(labels: np.ndarray, groups: np.ndarray, parts: int, purpose: s
     if not len(labels):
         raise SplitError(f"{purpose}: there is no row: check the text and label columns")
     present = set(np.unique(labels).tolist())
-    if missing := [name for index, name in enumerate(LABELS) if index not in present]:
+    if missing := absent_labels(present):
         seen = ", ".join(LABELS[index] for index in sorted(present))
         raise SplitError(f"{purpose}: no row is {' or '.join(missing)} (only {seen}): add rows of that class, or correct LABEL_MAP")
     for index, name in enumerate(LABELS):
